@@ -1,0 +1,190 @@
+"""The contract between a method and the rest of sparsmith.
+
+A method is one object in a list (`registry.METHODS`). Nothing outside its folder knows its name: the planner, the crafting, the
+objective, the proofs and the reports ask the questions below. A fifth method is a class like this one and one `register` call.
+
+Words: a *role* is a group of trained tensors with one purpose (`adapter`, `router`, `lora`, ...); *crafted* is the model after
+`craft`; *config* is the method's own frozen settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ConfigDict
+
+from sparsmith.recipe.strict import StrictModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from sparsmith.anatomy import Anatomy, ModelShape
+
+
+class LoraSettings(StrictModel):
+    """Low-rank adapters on the linears of attention and FFN, through PEFT."""
+
+    enabled: bool = True
+    r: int = 64
+    alpha: int = 16
+    dropout: float = 0.1
+    targets: str | tuple[str, ...] = "all-linear"
+    """`all-linear` = the attention and FFN linears that the anatomy names; or a list of those names."""
+
+
+class MethodConfig(StrictModel):
+    """Base of every method's settings. `method` is the key by which a recipe names it."""
+
+    model_config = ConfigDict(**StrictModel.model_config)
+    method: str
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """One row of the plan's table."""
+
+    where: str
+    """Module path, a range written `model.layers.{0..5}.mlp`."""
+    what: str
+    """Plain words: `FFN -> shared FFN + 8 adapters (r 64), top-2 router`."""
+    count: int
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What a method will do to a model of a given shape. All figures are exact counts, no estimates."""
+
+    changes: tuple[ModuleChange, ...]
+    added: Mapping[str, int]
+    """New parameters by role."""
+    removed: int = 0
+    """Parameters of the base that will be gone."""
+    inactive: int = 0
+    """Parameters that are present but not used for one token (experts not chosen)."""
+    trained: Mapping[str, int] = field(default_factory=dict)
+    """Trained parameters by role."""
+    flops_forward: int = 0
+    """Extra forward FLOPs per token over the base (2 per multiply-add); negative when it saves."""
+    activation_floats: int = 0
+    """Extra floats kept for the backward, per token, all layers."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A named part of the loss. The objective adds `weight * value`."""
+
+    value: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class CraftContext:
+    """What craft may need beside the model and its settings."""
+
+    seed: int = 42
+    base_id: str = ""
+    """Path or hub id of the base, for the record."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch as the methods see it. B rows of S tokens."""
+
+    input_ids: Tensor
+    """(B, S) int64"""
+    labels: Tensor
+    """(B, S) int64, -100 = no loss; not shifted"""
+    token_mask: Tensor
+    """(B, S) bool, False = padding"""
+    domain: Tensor | None = None
+    """(B, S) int64 index of the token's domain, -1 = none"""
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+class Method:
+    """The contract. Defaults are the answers of a method that does nothing."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    """URL of the paper."""
+    config_class: ClassVar[type[MethodConfig]]
+    owns_objective: ClassVar[bool] = False
+    """True where the method computes the task loss itself; at most one of a composition may."""
+    conflicts: ClassVar[Mapping[str, str]] = {}
+    """Other method's name -> why the two cannot be combined."""
+
+    def plan(self, config: Any, anatomy: Anatomy, shape: ModelShape) -> MethodPlan:
+        """Count, from shapes alone, what `craft` will do. Must agree to the unit with the built model."""
+        raise NotImplementedError
+
+    def craft(self, model: nn.Module, config: Any, context: CraftContext) -> nn.Module:
+        """Change the structure in place and return the crafted model (a new object where the class changes).
+
+        Trained tensors come out with `requires_grad=True` and float32; the function of the model is unchanged.
+        """
+        raise NotImplementedError
+
+    def roles(self, model: nn.Module, config: Any) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trained tensors of this method by role, with their names in the crafted model."""
+        raise NotImplementedError
+
+    def wanted_roles(self, config: Any) -> tuple[str, ...]:
+        """The roles that the config asks for: each must hold a tensor, and must move."""
+        return ()
+
+    def before_forward(self, model: nn.Module, config: Any, batch: Batch) -> None:
+        """Hand the crafted modules what they need of the batch (token ids, mask). Called right before every training forward."""
+
+    def loss_terms(self, model: nn.Module, config: Any, batch: Batch) -> dict[str, LossTerm]:
+        """The method's own loss terms of the forward that has just run."""
+        return {}
+
+    def wanted_terms(self, config: Any) -> tuple[str, ...]:
+        """Names of the terms that the config asks for: each must be there, finite and with a gradient."""
+        return ()
+
+    def task_loss(self, model: nn.Module, config: Any, batch: Batch, num_items: Tensor | int) -> Tensor:
+        """Only where `owns_objective`: the task loss in place of the plain cross-entropy."""
+        raise NotImplementedError
+
+    def after_forward(self, model: nn.Module, config: Any) -> None:
+        """Drop what was held for one step (route logits, samples). Called after the backward of every micro-batch."""
+
+    def on_step(self, model: nn.Module, config: Any, step: int, total_steps: int) -> None:
+        """Called before optimiser step `step` (counted from 0)."""
+
+    def metrics(self, model: nn.Module, config: Any) -> dict[str, Any]:
+        """Health figures since the last call: flat numbers for the log; nested lists for the report under keys that start with
+        `table/`. Resets the window."""
+        return {}
+
+    def health(self, metrics: Mapping[str, Any]) -> str:
+        """A few words for the progress bar, from the last `metrics`."""
+        return ""
+
+    def settle(self, model: nn.Module, config: Any) -> nn.Module:
+        """Make soft choices hard, in place."""
+        return model
+
+    def state(self, model: nn.Module, config: Any) -> dict[str, Tensor]:
+        """The tensors that a delta checkpoint must hold for this method (LoRA is kept apart, by PEFT)."""
+        return {name: parameter.detach() for role in self.roles(model, config).values() for name, parameter in role}
+
+    def standalone_sources(self) -> tuple[str, ...]:
+        """Dotted module names, lowest first, that a full checkpoint needs in its self-contained modelling file; empty where the
+        settled model is a stock architecture."""
+        return ()
+
+    def lora(self, config: Any) -> LoraSettings | None:
+        """The LoRA that crafting must inject after every method has grafted its modules, or None."""
+        return None
+
+
+CraftFunction = Callable[["torch.nn.Module", Any, CraftContext], "torch.nn.Module"]
+RoleTable = Mapping[str, Iterable[tuple[str, "torch.nn.Parameter"]]]

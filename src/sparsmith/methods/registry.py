@@ -1,0 +1,57 @@
+"""The list of methods. A method is a value here, and nowhere else a name to branch on."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from sparsmith.errors import MethodError, nearest
+from sparsmith.methods.base import Method, MethodConfig
+
+# name -> "module:attribute"; loaded when first asked for, because layers import torch
+_BUILT_IN: dict[str, str] = {
+    "pesc": "sparsmith.methods.pesc.method:PESC",
+}
+_EXTRA: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a method from outside (a plug-in, a test). A name that is taken is an error."""
+    if method.name in _BUILT_IN or (method.name in _EXTRA and _EXTRA[method.name] is not method):
+        raise MethodError(f"method {method.name}", "a name that is taken", "a new name", "Rename the method.")
+    _EXTRA[method.name] = method
+    return method
+
+
+def unregister(name: str) -> None:
+    """Take back what `register` added."""
+    _EXTRA.pop(name, None)
+
+
+def names() -> tuple[str, ...]:
+    return (*_BUILT_IN, *_EXTRA)
+
+
+@cache
+def _built_in(name: str) -> Method:
+    module, attribute = _BUILT_IN[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def get(name: str) -> Method:
+    """The method of that name."""
+    if name in _EXTRA:
+        return _EXTRA[name]
+    if name not in _BUILT_IN:
+        raise MethodError("methods", f"`{name}`", "a known method", nearest(name, names()))
+    return _built_in(name)
+
+
+def of(config: MethodConfig) -> Method:
+    """The method that a config belongs to."""
+    return get(config.method)
+
+
+def config_classes() -> dict[str, type[MethodConfig]]:
+    """Method name -> config class, for the recipe loader."""
+    return {name: get(name).config_class for name in names()}

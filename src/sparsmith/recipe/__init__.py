@@ -1,0 +1,1 @@
+"""The recipe: typed settings of a run and their loader."""
