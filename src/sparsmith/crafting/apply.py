@@ -1,0 +1,140 @@
+"""Craft: change the structure of a dense model, all or nothing, and prove that its function stayed the same.
+
+Order (PESC §2.3 and our spec 4.1): every method grafts its modules in the listed order; LoRA is injected once through PEFT; then the
+trained set is fixed to exactly what the methods name, in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsmith.crafting.compose import check_composition
+from sparsmith.crafting.lora import inject_lora, lora_parameters, merged_settings
+from sparsmith.crafting.neutral import compare_probe, probe_logits
+from sparsmith.crafting.record import CraftRecord, attach, base_of, record_of
+from sparsmith.errors import EmptyRole, MethodError
+from sparsmith.methods.base import CraftContext, MethodConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RoleTable = dict[str, list[tuple[str, nn.Parameter]]]
+
+
+def craft(
+    model: PreTrainedModel,
+    config: MethodConfig | Sequence[MethodConfig],
+    *,
+    inplace: bool = False,
+    seed: int = 42,
+    proof: bool = True,
+) -> PreTrainedModel:
+    """Craft `model` by one method or by several in order.
+
+    Args:
+        model: the dense base; left untouched unless `inplace`.
+        config: a method's config, or a list of them (composition).
+        inplace: reuse the modules of `model` instead of a copy.
+        seed: the run's seed; new weights are drawn from named streams of it.
+        proof: compare the logits before and after on a probe batch.
+
+    Returns:
+        The crafted model (an object of another class where the method needs one), ready to train: exactly the tensors of the
+        methods' roles have `requires_grad`.
+
+    Raises:
+        MethodError: a composition or setting that cannot work.
+        ProofError: the crafted model computes something else.
+    """
+    configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
+    check_composition(configs)
+    base = base_of(model)
+    context = CraftContext(seed=seed, base_id=base.id)
+    if not inplace:
+        model = copy.deepcopy(model)
+    before = probe_logits(model, seed) if proof else None
+    record = CraftRecord(configs=configs, base=base, seed=seed)
+    with _all_or_nothing(model):
+        model.requires_grad_(False)
+        crafted = model
+        for method, settings in record.parts:
+            crafted = method.craft(crafted, settings, context)
+        lora = merged_settings(record.parts)
+        if lora is not None:
+            inject_lora(crafted, lora, seed)
+        attach(crafted, record)
+        _fix_trained_set(crafted)
+        if before is not None:
+            neutral = compare_probe(crafted, before, seed)
+            attach(crafted, CraftRecord(configs=configs, base=base, seed=seed, neutral=neutral))
+    return crafted
+
+
+def trained_roles(model: nn.Module) -> RoleTable:
+    """Every trained tensor by role, with its name in the crafted model; LoRA is the role `lora`."""
+    table: RoleTable = {}
+    for method, config in record_of(model).parts:
+        for role, tensors in method.roles(model, config).items():
+            table.setdefault(role, []).extend(tensors)
+    lora = lora_parameters(model)
+    if lora:
+        table["lora"] = lora
+    return table
+
+
+def wanted_roles(model: nn.Module) -> tuple[str, ...]:
+    """The roles that the configs ask for."""
+    parts = record_of(model).parts
+    roles = [role for method, config in parts for role in method.wanted_roles(config)]
+    if merged_settings(parts) is not None:
+        roles.append("lora")
+    return tuple(dict.fromkeys(roles))
+
+
+def check_roles(model: nn.Module) -> dict[str, int]:
+    """Parameters by role; a role that is asked for and empty stops here.
+
+    Raises:
+        EmptyRole: names the role.
+    """
+    counts = {role: sum(p.numel() for _, p in tensors) for role, tensors in trained_roles(model).items()}
+    for role in wanted_roles(model):
+        if not counts.get(role):
+            raise EmptyRole(
+                f"role {role}", "no trained tensor", "at least one", "Check `layers`, `lora.targets` and the model."
+            )
+    return counts
+
+
+def _fix_trained_set(model: nn.Module) -> None:
+    """Exactly the role tensors train, in float32 (masters of a bf16 base: small updates must not round away)."""
+    model.requires_grad_(False)
+    for role, tensors in trained_roles(model).items():
+        for name, parameter in tensors:
+            if parameter.device.type != "meta" and parameter.dtype != torch.float32:
+                raise MethodError(f"{role} {name}", str(parameter.dtype), "float32", "A trained tensor must be float32.")
+            parameter.requires_grad_(True)
+    check_roles(model)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put every module, tensor slot and `requires_grad` flag back when crafting fails half-way."""
+    modules = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, children, parameters, buffers in modules:
+            module._modules = children
+            module._parameters = parameters
+            module._buffers = buffers
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise

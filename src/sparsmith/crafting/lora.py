@@ -1,0 +1,81 @@
+"""LoRA for every method that asks for it: injected once, through PEFT, on the linears that the anatomy names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsmith import anatomy
+from sparsmith.errors import MethodError, nearest
+from sparsmith.methods.base import LoraSettings, Method, MethodConfig
+from sparsmith.seeds import stream_seed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+_LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
+
+
+def merged_settings(parts: Sequence[tuple[Method, MethodConfig]]) -> LoraSettings | None:
+    """The one LoRA of a composition: methods that ask for one must ask for the same."""
+    asked = {method.name: settings for method, config in parts if (settings := method.lora(config)) and settings.enabled}
+    if len(set(asked.values())) > 1:
+        raise MethodError("lora", "different settings in " + ", ".join(asked), "one LoRA", "Give the same `lora` to each.")
+    return next(iter(asked.values()), None)
+
+
+def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
+    """Full module names of the linears inside the blocks that get a LoRA; never head, embeddings, router or adapters.
+
+    Raises:
+        MethodError: a target name that the family does not have.
+    """
+    row = anatomy.of(model.config)
+    known = (*row.attention_linears, *row.ffn_linears)
+    wanted = known if settings.targets == "all-linear" else settings.targets
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
+    for name in wanted:
+        if name not in known:
+            raise MethodError("lora.targets", f"`{name}`", "a linear of this family", nearest(name, known))
+    # c_proj of GPT-2 names an attention and an FFN linear: the parent tells them apart, and both are wanted then
+    blocks = {id(module) for block in anatomy.blocks(model) for module in block.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) in blocks and name.rsplit(".", 1)[-1] in wanted and hasattr(module, "weight")
+    ]
+
+
+def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:
+    """PEFT's config for exactly these modules."""
+    from peft import LoraConfig
+
+    row = anatomy.of(model.config)
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=lora_targets(model, settings),
+        bias="none",
+        fan_in_fan_out=row.conv1d,
+    )
+
+
+def inject_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> None:
+    """Put the LoRA in, with weights from its own stream, in float32."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stream_seed(seed, "lora.init"))
+        model.add_adapter(lora_config(model, settings), adapter_name=ADAPTER)
+    for _, parameter in lora_parameters(model):
+        parameter.data = parameter.data.float()
+
+
+def lora_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every LoRA tensor."""
+    return [(name, p) for name, p in model.named_parameters() if any(part in name for part in _LORA_PARTS)]

@@ -1,0 +1,66 @@
+"""Proof 1: crafting leaves the function unchanged, seen on a probe batch.
+
+The probe is a fixed batch of token ids drawn from a named stream: two rows, the second shorter and padded, so that masks are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsmith.errors import ProofError
+from sparsmith.seeds import torch_generator
+
+PROBE_LENGTH = 24
+PROBE_PADDING = 7
+# A method whose algebra does not allow bitwise equality stays within rounding of float32 (promise 10).
+TOLERANCE = 1e-6
+
+
+def probe_batch(model: nn.Module, seed: int) -> dict[str, torch.Tensor] | None:
+    """Token ids (2, 24) and their mask, on the model's device; None for a model without storage (meta device)."""
+    parameter = next(model.parameters())
+    if parameter.device.type == "meta":
+        return None
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocab, (2, PROBE_LENGTH), generator=torch_generator(seed, "proof.probe"))
+    mask = torch.ones_like(ids)
+    mask[1, PROBE_LENGTH - PROBE_PADDING :] = 0
+    return {"input_ids": ids.to(parameter.device), "attention_mask": mask.to(parameter.device)}
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, seed: int) -> torch.Tensor | None:
+    """Logits (2, 24, V) of the probe in evaluation mode."""
+    batch = probe_batch(model, seed)
+    if batch is None:
+        return None
+    was_training = model.training
+    model.eval()
+    try:
+        return model(**batch, use_cache=False).logits
+    finally:
+        model.train(was_training)
+
+
+def compare_probe(model: nn.Module, before: torch.Tensor, seed: int) -> dict[str, Any]:
+    """The proof's figures; raises where the crafted model differs by more than rounding.
+
+    Raises:
+        ProofError: names the largest difference.
+    """
+    after = probe_logits(model, seed)
+    assert after is not None
+    difference = (after.float() - before.float()).abs().max().item()
+    scale = before.float().abs().max().item()
+    bitwise = torch.equal(after, before)
+    if not bitwise and not difference <= TOLERANCE * max(scale, 1.0):
+        raise ProofError(
+            "craft",
+            f"logits that differ from the base by {difference:.3e}",
+            f"the same function (at most {TOLERANCE:g} of the largest logit)",
+            "This is a fault of the method or of the model's family; please report it.",
+        )
+    return {"check": "craft leaves the logits unchanged", "bitwise": bitwise, "value": difference, "limit": 0.0 if bitwise else TOLERANCE, "passed": True}
