@@ -1,0 +1,63 @@
+"""A recipe's `train` settings as the Trainer's arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from sparsmith.errors import MethodError
+from sparsmith.recipe.schema import TrainSettings
+
+
+def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> TrainingArguments:
+    """Arguments for `steps` optimiser steps that write their checkpoints below `folder`.
+
+    Raises:
+        MethodError: a setting that the Trainer refuses.
+    """
+    micro = settings.micro_batch_size or settings.batch_size
+    half = _autocast(settings.precision)
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=settings.batch_size // micro,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule,
+            warmup_steps=0 if settings.schedule == "constant" else round(settings.warmup * steps),
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            max_grad_norm=settings.clip or 0.0,
+            optim=settings.optimizer,
+            bf16=half == "bfloat16",
+            fp16=half == "float16",
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+            save_strategy="steps" if settings.save_every else "no",
+            save_steps=settings.save_every or 500,
+            save_total_limit=settings.keep,
+            logging_steps=settings.log_every,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            report_to=list(settings.report_to) or "none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+            eval_strategy="no",
+            log_level="error",
+        )
+    except (ValueError, ImportError) as fault:
+        raise MethodError(
+            "train", " ".join(str(fault).split())[:300], "settings that the Trainer accepts", "Change the setting named."
+        ) from fault
+
+
+def _autocast(precision: str) -> str:
+    if precision != "auto":
+        return precision
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"

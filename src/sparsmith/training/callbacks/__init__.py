@@ -1,0 +1,1 @@
+"""Everything around the loop that is not the loop."""

@@ -1,0 +1,77 @@
+"""Proof 2: every trained role moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from sparsmith.crafting.apply import check_roles, trained_roles
+from sparsmith.errors import RoleDidNotMove
+
+# Elements watched per tensor: enough that a moving tensor cannot look still, little enough for tensors of any size.
+_SAMPLE = 65_536
+
+
+class RolesMove(TrainerCallback):
+    """Before step 1 every wanted role holds a tensor; after `steps` optimiser steps every role has changed.
+
+    Not earlier than after two steps: with U = 0, router and D get no gradient from the task loss in step 1 (PESC §1).
+    `result` is the proof's record.
+    """
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self._model = model
+        self._steps = steps
+        self._start: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        self._start_step = 0
+        self.counts: dict[str, int] = {}
+        self.result: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counts = check_roles(self._model)
+        self._start_step = state.global_step
+        self._start = {
+            role: [(name, _sample(parameter).clone()) for name, parameter in tensors]
+            for role, tensors in trained_roles(self._model).items()
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._start and state.global_step - self._start_step >= self._steps:
+            self._prove(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._start and state.global_step > self._start_step + 1:
+            self._prove(state.global_step)
+
+    def _prove(self, step: int) -> None:
+        updates: dict[str, float] = {}
+        still: list[str] = []
+        for role, tensors in trained_roles(self._model).items():
+            pairs = list(zip(tensors, self._start[role], strict=True))
+            norms = [(_sample(p).float() - before.float()).norm() for (_, p), (_, before) in pairs]
+            updates[role] = torch.stack(norms).norm().item()
+            still += [name for ((name, _), _), norm in zip(pairs, norms, strict=True) if norm == 0]
+            if not updates[role] > 0:
+                raise RoleDidNotMove(
+                    f"role {role}",
+                    f"an update of {updates[role]:g} after {step - self._start_step} steps",
+                    "a change of its tensors",
+                    "Look at its learning rate and whether a gradient reaches it.",
+                )
+        self._start = {}
+        self.result = {
+            "check": "every trained role moved",
+            "step": step,
+            "value": updates,
+            "limit": 0.0,
+            "tensors_still": still,
+            "passed": True,
+        }
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)]

@@ -1,0 +1,145 @@
+"""The objective: a module around the crafted model whose forward takes a batch and returns the loss and its named terms.
+
+Being the outermost module, it lets DDP, FSDP2 and checkpointing hooks see every parameter use; nothing of a library is patched.
+
+    loss = sum over kept labels of CE / (kept labels of the whole accumulated batch) + sum over terms of weight * value * share
+
+`share` is this micro-batch's part of the kept labels, so that terms that are means over a micro-batch (a balance loss) are averaged over
+the accumulation with the same weights as the task loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsmith import anatomy
+from sparsmith.crafting.record import record_of
+from sparsmith.errors import ProofError
+from sparsmith.methods.base import Batch, Method, MethodConfig
+from sparsmith.ops.cross_entropy import token_cross_entropy
+
+TASK = "task"
+
+
+class Objective(nn.Module):
+    """Loss of a crafted model on one micro-batch.
+
+    Args:
+        model: a model from `sparsmith.craft`.
+        domains: number of domains whose losses are told apart (0 = none).
+    """
+
+    accepts_loss_kwargs = True
+    # the Trainer then counts kept labels without position 0 of each row, as the shift below does
+    loss_type = "ForCausalLM"
+
+    def __init__(self, model: nn.Module, domains: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.domains = domains
+        record = record_of(model)
+        self._parts: tuple[tuple[Method, MethodConfig], ...] = record.parts
+        self._owner = next((part for part in record.parts if part[0].owns_objective), None)
+        self._checked = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        token_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        domain: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """One micro-batch of B rows of S tokens.
+
+        Args:
+            input_ids: (B, S) int64.
+            labels: (B, S) int64, not shifted, -100 = no loss.
+            token_mask: (B, S) bool, False = padding.
+            position_ids, attention_mask: as the model takes them; packed rows come without a mask.
+            domain: (B, S) int64, -1 = none.
+            num_items_in_batch: kept labels of the whole accumulated batch over all ranks; default: of this micro-batch.
+
+        Returns:
+            `loss` (scalar), `terms` {name: detached scalar}, `domain_sum` and `domain_count` (domains,), `tokens` (scalar).
+        """
+        if token_mask is None:
+            has_mask = attention_mask is not None and attention_mask.dim() == 2
+            token_mask = attention_mask.bool() if has_mask else torch.ones_like(input_ids, dtype=torch.bool)
+        batch = Batch(input_ids, labels, token_mask, domain, position_ids, attention_mask)
+        for method, config in self._parts:
+            method.before_forward(self.model, config, batch)
+        kept = labels[:, 1:].ne(-100).sum()
+        items = kept if num_items_in_batch is None else num_items_in_batch
+        if self._owner is None:
+            task, statistics = self._task_loss(batch, items)
+        else:
+            method, config = self._owner
+            task, statistics = method.task_loss(self.model, config, batch, items), {}
+        total = task
+        terms = {TASK: task.detach()}
+        share = kept / items
+        for name, term in self._method_terms(batch).items():
+            total = total + term.weight * share * term.value
+            terms[name] = (share * term.value).detach()
+        return {"loss": total, "terms": terms, "tokens": token_mask.sum(), **statistics}
+
+    def _task_loss(self, batch: Batch, items: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the next token; positions without a label are dropped before norm-to-head work is done."""
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        given = {name: value for name, value in inputs.items() if value is not None}
+        hidden = anatomy.backbone(self.model)(**given, use_cache=False).last_hidden_state
+        targets = batch.labels[:, 1:]
+        keep = targets.ne(-100)
+        losses = token_cross_entropy(lambda h: anatomy.logits_of(self.model, h), hidden[:, :-1][keep], targets[keep])
+        return losses.sum() / items, self._by_domain(batch, keep, losses.detach())
+
+    def _by_domain(self, batch: Batch, keep: Tensor, losses: Tensor) -> dict[str, Tensor]:
+        if batch.domain is None or not self.domains:
+            return {}
+        # one slot more than domains: tokens of no domain (-1) fall into the last and are cut off
+        index = batch.domain[:, 1:][keep] % (self.domains + 1)
+        sums = losses.new_zeros(self.domains + 1).index_add_(0, index, losses)
+        counts = losses.new_zeros(self.domains + 1).index_add_(0, index, torch.ones_like(losses))
+        return {"domain_sum": sums[:-1], "domain_count": counts[:-1]}
+
+    def _method_terms(self, batch: Batch) -> dict[str, Any]:
+        found = {}
+        for method, config in self._parts:
+            terms = method.loss_terms(self.model, config, batch)
+            if not self._checked and self.training:
+                _check_terms(method.name, terms, method.wanted_terms(config))
+            found.update({f"{method.name}.{name}": term for name, term in terms.items()})
+        self._checked = self._checked or self.training
+        return found
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Non-reentrant checkpointing only: with the reentrant form, routing terms would lose their gradient."""
+        settings = dict(gradient_checkpointing_kwargs or {})
+        if settings.setdefault("use_reentrant", False):
+            raise ProofError(
+                "gradient checkpointing", "the reentrant form", "use_reentrant=False", "Leave `use_reentrant` out."
+            )
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.gradient_checkpointing_disable()
+
+
+def _check_terms(method: str, terms: dict[str, Any], wanted: tuple[str, ...]) -> None:
+    """Every term asked for is there, finite and has a gradient (checked on the first micro-batch)."""
+    for name in wanted:
+        term = terms.get(name)
+        where = f"loss term {method}.{name}"
+        if term is None or term.value is None:
+            raise ProofError(where, "nothing", "a value in every step", "The method returned no such term; please report it.")
+        if not term.value.requires_grad:
+            raise ProofError(where, "a constant", "a value with a gradient", "Nothing that trains reaches this term.")
+        if not torch.isfinite(term.value).all():
+            raise ProofError(where, str(term.value.item()), "a finite value", "Look at the learning rate and the data.")
