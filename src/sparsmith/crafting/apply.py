@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from sparsmith.crafting.compose import check_composition
-from sparsmith.crafting.lora import inject_lora, lora_parameters, merged_settings
+from sparsmith.crafting.lora import inject_lora, lora_parameters
+from sparsmith.crafting.lora_count import merged_settings
 from sparsmith.crafting.neutral import compare_probe, probe_logits
 from sparsmith.crafting.record import CraftRecord, attach, base_of, record_of
 from sparsmith.errors import EmptyRole, MethodError
@@ -118,7 +119,9 @@ def _fix_trained_set(model: nn.Module) -> None:
     for role, tensors in trained_roles(model).items():
         for name, parameter in tensors:
             if parameter.device.type != "meta" and parameter.dtype != torch.float32:
-                raise MethodError(f"{role} {name}", str(parameter.dtype), "float32", "A trained tensor must be float32.")
+                raise MethodError(
+                    f"{role} {name}", str(parameter.dtype), "float32", "A trained tensor must be float32."
+                )
             parameter.requires_grad_(True)
     check_roles(model)
 

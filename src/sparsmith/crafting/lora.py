@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sparsmith import anatomy
-from sparsmith.errors import MethodError, nearest
-from sparsmith.methods.base import LoraSettings, Method, MethodConfig
+from sparsmith.crafting.lora_count import target_names
+from sparsmith.methods.base import LoraSettings
 from sparsmith.seeds import stream_seed
 
 if TYPE_CHECKING:
@@ -21,14 +20,6 @@ ADAPTER = "default"
 _LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
 
 
-def merged_settings(parts: Sequence[tuple[Method, MethodConfig]]) -> LoraSettings | None:
-    """The one LoRA of a composition: methods that ask for one must ask for the same."""
-    asked = {method.name: settings for method, config in parts if (settings := method.lora(config)) and settings.enabled}
-    if len(set(asked.values())) > 1:
-        raise MethodError("lora", "different settings in " + ", ".join(asked), "one LoRA", "Give the same `lora` to each.")
-    return next(iter(asked.values()), None)
-
-
 def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Full module names of the linears inside the blocks that get a LoRA; never head, embeddings, router or adapters.
 
@@ -36,12 +27,7 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
         MethodError: a target name that the family does not have.
     """
     row = anatomy.of(model.config)
-    known = (*row.attention_linears, *row.ffn_linears)
-    wanted = known if settings.targets == "all-linear" else settings.targets
-    wanted = (wanted,) if isinstance(wanted, str) else wanted
-    for name in wanted:
-        if name not in known:
-            raise MethodError("lora.targets", f"`{name}`", "a linear of this family", nearest(name, known))
+    wanted = target_names(row, settings)
     # c_proj of GPT-2 names an attention and an FFN linear: the parent tells them apart, and both are wanted then
     blocks = {id(module) for block in anatomy.blocks(model) for module in block.modules()}
     return [

@@ -63,4 +63,10 @@ def compare_probe(model: nn.Module, before: torch.Tensor, seed: int) -> dict[str
             f"the same function (at most {TOLERANCE:g} of the largest logit)",
             "This is a fault of the method or of the model's family; please report it.",
         )
-    return {"check": "craft leaves the logits unchanged", "bitwise": bitwise, "value": difference, "limit": 0.0 if bitwise else TOLERANCE, "passed": True}
+    return {
+        "check": "craft leaves the logits unchanged",
+        "bitwise": bitwise,
+        "value": difference,
+        "limit": 0.0 if bitwise else TOLERANCE,
+        "passed": True,
+    }

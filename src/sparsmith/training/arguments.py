@@ -53,7 +53,10 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
         )
     except (ValueError, ImportError) as fault:
         raise MethodError(
-            "train", " ".join(str(fault).split())[:300], "settings that the Trainer accepts", "Change the setting named."
+            "train",
+            " ".join(str(fault).split())[:300],
+            "settings that the Trainer accepts",
+            "Change the setting named.",
         ) from fault
 
 

@@ -92,7 +92,11 @@ class Objective(nn.Module):
 
     def _task_loss(self, batch: Batch, items: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the next token; positions without a label are dropped before norm-to-head work is done."""
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "attention_mask": batch.attention_mask,
+        }
         given = {name: value for name, value in inputs.items() if value is not None}
         hidden = anatomy.backbone(self.model)(**given, use_cache=False).last_hidden_state
         targets = batch.labels[:, 1:]
@@ -138,7 +142,9 @@ def _check_terms(method: str, terms: dict[str, Any], wanted: tuple[str, ...]) ->
         term = terms.get(name)
         where = f"loss term {method}.{name}"
         if term is None or term.value is None:
-            raise ProofError(where, "nothing", "a value in every step", "The method returned no such term; please report it.")
+            raise ProofError(
+                where, "nothing", "a value in every step", "The method returned no such term; please report it."
+            )
         if not term.value.requires_grad:
             raise ProofError(where, "a constant", "a value with a gradient", "Nothing that trains reaches this term.")
         if not torch.isfinite(term.value).all():

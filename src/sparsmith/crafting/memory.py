@@ -1,0 +1,68 @@
+"""Memory and disk of a run, from counts alone.
+
+Weights, gradients and optimiser state are exact products. Activations depend on how long the rows are, so they come as low, expected
+and high: a micro-batch whose rows fill a quarter, half and all of `max_length`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsmith.anatomy import ModelShape
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+# NF4 with double quantisation: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 of those: 4 + 8/64 + 32/(64*256) bits
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+# Bytes of optimiser state per trained parameter (float32 masters); unknown names count as two float32 moments
+OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "adamw_bnb_8bit": 2, "adafactor": 0.1, "sgd": 0}
+LENGTH_SHARE = {"low": 0.25, "expected": 0.5, "high": 1.0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes while tuning, on one device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: dict[str, int]
+
+    def total(self, case: str = "expected") -> int:
+        """Bytes in the case `low`, `expected` or `high`."""
+        return self.weights + self.gradients + self.optimizer + self.activations[case]
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "total": {case: self.total(case) for case in LENGTH_SHARE}}
+
+
+def weight_bytes(shape: ModelShape, added: int, dtype: str, quant: str) -> int:
+    """Base in its number type (NF4: the blocks' linears at 4.13 bits), added tensors in float32."""
+    width = BYTES[dtype]
+    if quant == "none":
+        return round(shape.total_params * width + added * 4)
+    linear = shape.layers * sum(i * o for i, o in shape.linears.values())
+    return round(linear * NF4_BYTES + (shape.total_params - linear) * width + added * 4)
+
+
+def activation_bytes(
+    shape: ModelShape, method_floats: int, *, tokens: int, width: float, trained_share: float, checkpointing: bool
+) -> int:
+    """Bytes kept for the backward of one micro-batch.
+
+    Per block and token: the residual before and between the halves, two normed inputs, q, k, v and the attention's output, and of the
+    FFN three tensors of its width. Linears keep their input only where their own weights (or a LoRA on them) train. The head keeps
+    float32 logits, twice, for the tokens that carry a label; half of the tokens are taken to.
+    """
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    per_block = 6 * shape.hidden + 2 * attention + 3 * shape.ffn_width
+    kept = shape.layers * per_block + method_floats
+    if checkpointing:
+        kept = shape.layers * shape.hidden + per_block + method_floats // max(shape.layers, 1)
+    head = 2 * 4 * shape.vocab * 0.5
+    return round(tokens * (kept * max(width, 2.0) * (0.75 + 0.5 * trained_share) + head))
+
+
+def optimizer_bytes(trained: int, optimizer: str) -> int:
+    return round(trained * OPTIMIZER_BYTES.get(optimizer, 8))

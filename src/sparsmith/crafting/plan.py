@@ -1,0 +1,204 @@
+"""The plan: what crafting will change and what tuning will cost, before a weight is loaded.
+
+Counts are exact (a test holds them against built models); memory is described in `memory.py`; FLOPs are 2 per multiply-add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsmith import anatomy
+from sparsmith.crafting.compose import check_composition
+from sparsmith.crafting.lora_count import lora_parameters_of
+from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, activation_bytes, optimizer_bytes, weight_bytes
+from sparsmith.errors import CheckpointError
+from sparsmith.methods import registry
+from sparsmith.methods.base import MethodConfig, MethodPlan, ModuleChange
+
+if TYPE_CHECKING:
+    from sparsmith.anatomy import ModelShape
+    from sparsmith.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token. `context` tokens are attended to on average."""
+
+    base_forward: int
+    forward: int
+    training: int
+    context: int
+
+    @property
+    def overhead(self) -> float:
+        """Forward cost over the base's."""
+        return self.forward / self.base_forward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built and what it costs. Print it, or read `as_dict()`."""
+
+    base: str
+    methods: tuple[str, ...]
+    changes: tuple[ModuleChange, ...]
+    base_params: int
+    total_params: int
+    active_params: int
+    trained: dict[str, int]
+    memory: Memory
+    flops: Flops
+    disk: dict[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def trained_params(self) -> int:
+        return sum(self.trained.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "methods": list(self.methods),
+            "changes": [vars(change) for change in self.changes],
+            "parameters": {
+                "base": self.base_params,
+                "total": self.total_params,
+                "active": self.active_params,
+                "trained": dict(self.trained),
+                "trained_total": self.trained_params,
+            },
+            "memory": self.memory.as_dict(),
+            "flops_per_token": {**vars(self.flops), "overhead": self.flops.overhead},
+            "disk": dict(self.disk),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        from sparsmith.crafting.plan_text import plan_text
+
+        return plan_text(self)
+
+    def __rich__(self) -> Any:
+        from sparsmith.crafting.plan_text import plan_renderable
+
+        return plan_renderable(self)
+
+
+def plan(
+    base: Any,
+    config: MethodConfig | Sequence[MethodConfig],
+    *,
+    dtype: str = "float32",
+    quant: str = "none",
+    max_length: int = 512,
+    micro_batch: int = 16,
+    optimizer: str = "adamw_torch",
+    gradient_checkpointing: bool = False,
+) -> Plan:
+    """Plan the crafting of `base`.
+
+    Args:
+        base: a folder or hub id (only its config is read), a transformers config, or a model.
+        config: a method's config or a list of them.
+        dtype, quant: number type and quantisation of the frozen base.
+        max_length: tokens per row; micro_batch: rows per forward.
+        optimizer: a name that the Trainer knows.
+
+    Raises:
+        UnsupportedAnatomy, MethodError, CheckpointError.
+    """
+    configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
+    check_composition(configs)
+    name, hf_config = _config_of(base)
+    row, shape = anatomy.of(hf_config), anatomy.shape_of(hf_config)
+    pairs = [(registry.of(c), c) for c in configs]
+    plans = [method.plan(c, row, shape) for method, c in pairs]
+    lora = lora_parameters_of(pairs, row, shape)
+    trained: dict[str, int] = {}
+    for part in plans:
+        for role, count in part.trained.items():
+            trained[role] = trained.get(role, 0) + count
+    if lora:
+        trained["lora"] = lora
+    added = sum(sum(p.added.values()) for p in plans)
+    total = shape.total_params + added - sum(p.removed for p in plans)
+    count = sum(trained.values())
+    activations = {
+        case: activation_bytes(
+            shape,
+            sum(p.activation_floats for p in plans),
+            tokens=round(micro_batch * max_length * share),
+            width=2.0 if quant != "none" else BYTES[dtype],
+            trained_share=min(1.0, 3 * count / max(total, 1)),
+            checkpointing=gradient_checkpointing,
+        )
+        for case, share in LENGTH_SHARE.items()
+    }
+    return Plan(
+        base=name,
+        methods=tuple(method.name for method, _ in pairs),
+        changes=tuple(change for p in plans for change in p.changes),
+        base_params=shape.total_params,
+        total_params=total,
+        active_params=total - sum(p.inactive for p in plans),
+        trained=trained,
+        memory=Memory(
+            weights=weight_bytes(shape, added + lora, dtype, quant),
+            gradients=count * 4,
+            optimizer=optimizer_bytes(count, optimizer),
+            activations=activations,
+        ),
+        flops=_flops(shape, plans, lora, max_length // 2),
+        disk={
+            "delta": count * 4,
+            "trainer_checkpoint": count * 4 + optimizer_bytes(count, optimizer),
+            "export": round(total * BYTES["bfloat16" if quant != "none" else dtype]),
+        },
+        notes=tuple(note for p in plans for note in p.notes),
+    )
+
+
+def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
+    """The plan of a recipe."""
+    from sparsmith.crafting.base_model import resolve_base
+
+    return plan(
+        resolve_base(recipe.model.path, base_dir),
+        list(recipe.methods),  # type: ignore[arg-type]
+        dtype="float32" if recipe.model.dtype == "auto" else recipe.model.dtype,
+        quant=recipe.model.quant,
+        max_length=recipe.data.max_length,
+        micro_batch=recipe.train.micro_batch_size or recipe.train.batch_size,
+        optimizer=recipe.train.optimizer,
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
+    )
+
+
+def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int) -> Flops:
+    """Forward: 2 per weight of blocks and head, and 4 * heads * head_dim per attended token and block (scores, values).
+
+    Training: the frozen weights are passed forward and once backward (to their inputs), trained ones twice backward.
+    """
+    linear = shape.layers * sum(i * o for i, o in shape.linears.values()) + shape.vocab * shape.hidden
+    attention = 4 * shape.layers * shape.heads * shape.head_dim * context
+    base = 2 * linear + attention
+    added = sum(p.flops_forward for p in plans)
+    return Flops(base, base + added, 2 * base + 3 * added + 6 * lora, context)
+
+
+def _config_of(base: Any) -> tuple[str, Any]:
+    if not isinstance(base, (str, Path)):
+        config = getattr(base, "config", base)
+        return str(getattr(config, "_name_or_path", "") or type(config).__name__), config
+    from transformers import AutoConfig
+
+    try:
+        return str(base), AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError, KeyError) as fault:
+        reason = " ".join(str(fault).split())[:300]
+        raise CheckpointError(
+            f"model.path {base}", reason, "a folder or hub id with a config.json", "Check the path."
+        ) from fault
