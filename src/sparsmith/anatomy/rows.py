@@ -1,0 +1,146 @@
+"""Where the parts of a model live, per Hugging Face family, as data. Code elsewhere never says `model.model.layers`.
+
+A family is one row. `register` adds one from outside. Checked against transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsmith.errors import UnsupportedAnatomy, nearest
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """One family: dotted paths inside a causal LM, names inside a block, and what its parameter count depends on."""
+
+    model_types: tuple[str, ...]
+    blocks: str = "model.layers"
+    ffn: str = "mlp"
+    attention: str = "self_attn"
+    norm: str = "model.norm"
+    embeddings: str = "model.embed_tokens"
+    positions: str = ""
+    """Learned position embeddings, where there are any."""
+    head: str = "lm_head"
+    attention_linears: tuple[str, ...] = _SPLIT_ATTENTION
+    ffn_linears: tuple[str, ...] = _GATED
+    ffn_kind: Literal["gated", "fused_gated", "plain"] = "gated"
+    ffn_reads: Literal["normed", "residual"] = "normed"
+    """What the FFN is fed: a normed hidden state, or the bare residual stream (OLMo2)."""
+    post_ffn_norm: bool = False
+    """True where a norm follows the FFN, so what is added to its output is re-normalised."""
+    parallel_residual: bool = False
+    norms_per_block: int = 2
+    """Norms of width `hidden` in a block."""
+    norm_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """Norms on queries and keys: none, one of `head_dim` each, or over all heads."""
+    attention_bias: Literal["none", "config", "qkv", "all"] = "none"
+    ffn_bias: Literal["none", "config", "all"] = "none"
+
+
+_ROWS: list[Anatomy] = [
+    Anatomy(model_types=("llama",), attention_bias="config", ffn_bias="config"),
+    Anatomy(model_types=("mistral",)),
+    Anatomy(model_types=("qwen2",), attention_bias="qkv"),
+    Anatomy(model_types=("qwen3",), attention_bias="config", qk_norm="head"),
+    Anatomy(model_types=("gemma2",), attention_bias="config", post_ffn_norm=True, norms_per_block=4),
+    Anatomy(
+        model_types=("gemma3_text",), attention_bias="config", post_ffn_norm=True, norms_per_block=4, qk_norm="head"
+    ),
+    Anatomy(model_types=("olmo2",), attention_bias="config", ffn_reads="residual", post_ffn_norm=True, qk_norm="full"),
+    Anatomy(
+        model_types=("phi3",),
+        attention_linears=("qkv_proj", "o_proj"),
+        ffn_linears=("gate_up_proj", "down_proj"),
+        ffn_kind="fused_gated",
+    ),
+    Anatomy(
+        model_types=("gpt_neox",),
+        blocks="gpt_neox.layers",
+        attention="attention",
+        norm="gpt_neox.final_layer_norm",
+        embeddings="gpt_neox.embed_in",
+        attention_linears=("query_key_value", "dense"),
+        ffn_linears=("dense_h_to_4h", "dense_4h_to_h"),
+        ffn_kind="plain",
+        parallel_residual=True,
+        norm_bias=True,
+        attention_bias="config",
+        ffn_bias="all",
+    ),
+    Anatomy(
+        model_types=("gpt2",),
+        blocks="transformer.h",
+        attention="attn",
+        norm="transformer.ln_f",
+        embeddings="transformer.wte",
+        positions="transformer.wpe",
+        attention_linears=("c_attn", "c_proj"),
+        ffn_linears=("c_fc", "c_proj"),
+        ffn_kind="plain",
+        norm_bias=True,
+        attention_bias="all",
+        ffn_bias="all",
+    ),
+]
+
+# config fields that only mixtures of experts have
+_MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+def register(row: Anatomy) -> Anatomy:
+    """Add (or replace, by model type) a family of one's own."""
+    _ROWS[:] = [known for known in _ROWS if not set(known.model_types) & set(row.model_types)]
+    _ROWS.append(row)
+    return row
+
+
+def unregister(row: Anatomy) -> None:
+    """Take back what `register` added."""
+    if row in _ROWS:
+        _ROWS.remove(row)
+
+
+def families() -> tuple[str, ...]:
+    """Every model type that has a row."""
+    return tuple(name for row in _ROWS for name in row.model_types)
+
+
+def known_names(field: str) -> tuple[str, ...]:
+    """Every value that a field has among the rows, without repeats."""
+    return tuple(dict.fromkeys(getattr(row, field) for row in _ROWS))
+
+
+def base_config(config: Any) -> Any:
+    """The config of the dense base: of a crafted model's config the one nested inside."""
+    inner = getattr(config, "base_config", None)
+    return config if inner is None else inner
+
+
+def of(config: Any) -> Anatomy:
+    """The row of a model's config (a crafted model's too). Raises `UnsupportedAnatomy` for other families and for MoE models."""
+    config = base_config(config)
+    model_type = str(getattr(config, "model_type", "") or type(config).__name__)
+    for row in _ROWS:
+        if model_type in row.model_types:
+            return row
+    moe_field = next((field for field in _MOE_FIELDS if getattr(config, field, None)), None)
+    if moe_field or "moe" in model_type:
+        raise UnsupportedAnatomy(
+            f"{type(config).__name__} (model_type {model_type})",
+            f"a mixture of experts already ({moe_field or 'by its name'})",
+            "a dense model",
+            "Start from the dense model of this family.",
+        )
+    raise UnsupportedAnatomy(
+        f"{type(config).__name__}.model_type",
+        f"`{model_type}`",
+        "a family with a row in sparsmith.anatomy",
+        f"{nearest(model_type, families())} Or register a row of your own with sparsmith.anatomy.register.",
+    )

@@ -1,0 +1,117 @@
+"""Sizes and exact parameter counts of a dense model, from its config alone (no weights, no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsmith.anatomy.rows import Anatomy, base_config, of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the planner needs of a dense model. Counts are exact to the unit; `*_params` are totals over all blocks."""
+
+    model_type: str
+    hidden: int
+    ffn_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    positions: int
+    """Rows of the learned position table; 0 without one."""
+    max_length: int
+    """Longest context, in tokens; 0 = unknown."""
+    tied: bool
+    ffn_kind: str
+    attention_linears: tuple[tuple[str, int, int, bool], ...]
+    """(name, inputs, outputs, has bias) of one block."""
+    ffn_linears: tuple[tuple[str, int, int, bool], ...]
+    norm_params: int
+
+    @property
+    def linears(self) -> tuple[tuple[str, int, int, bool], ...]:
+        """Every linear of one block, attention first."""
+        return (*self.attention_linears, *self.ffn_linears)
+
+    @property
+    def attention_params(self) -> int:
+        return self.layers * _size(self.attention_linears)
+
+    @property
+    def ffn_params(self) -> int:
+        return self.layers * _size(self.ffn_linears)
+
+    @property
+    def embedding_params(self) -> int:
+        return (self.vocab + self.positions) * self.hidden
+
+    @property
+    def head_params(self) -> int:
+        """0 where the head is the embedding."""
+        return 0 if self.tied else self.vocab * self.hidden
+
+    @property
+    def total_params(self) -> int:
+        return self.attention_params + self.ffn_params + self.norm_params + self.embedding_params + self.head_params
+
+
+def _size(linears: tuple[tuple[str, int, int, bool], ...]) -> int:
+    return sum(inputs * outputs + (outputs if bias else 0) for _, inputs, outputs, bias in linears)
+
+
+def _attention(
+    row: Anatomy, config: Any, hidden: int, queries: int, keys: int
+) -> tuple[tuple[str, int, int, bool], ...]:
+    from_config = bool(getattr(config, "attention_bias", False))
+    qkv = {"none": False, "config": from_config, "qkv": True, "all": True}[row.attention_bias]
+    out = {"none": False, "config": from_config, "qkv": False, "all": True}[row.attention_bias]
+    *inward, outward = row.attention_linears
+    widths = (queries, keys, keys) if len(inward) == 3 else (queries + 2 * keys,)
+    return (
+        *((name, hidden, width, qkv) for name, width in zip(inward, widths, strict=True)),
+        (outward, queries, hidden, out),
+    )
+
+
+def _ffn(row: Anatomy, config: Any, hidden: int, width: int) -> tuple[tuple[str, int, int, bool], ...]:
+    bias = {"none": False, "config": bool(getattr(config, "mlp_bias", False)), "all": True}[row.ffn_bias]
+    *inward, outward = row.ffn_linears
+    into = 2 * width if row.ffn_kind == "fused_gated" else width
+    return (*((name, hidden, into, bias) for name in inward), (outward, width, hidden, bias))
+
+
+def _norms(row: Anatomy, hidden: int, layers: int, head_dim: int, queries: int, keys: int) -> int:
+    each = 2 * hidden if row.norm_bias else hidden
+    qk = {"none": 0, "head": 2 * head_dim, "full": queries + keys}[row.qk_norm]
+    return layers * (row.norms_per_block * each + qk) + each
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The shape of a dense (or crafted: of its base) model's config. Raises `UnsupportedAnatomy` for unknown families."""
+    row, config = of(config), base_config(config)
+    hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    max_length = getattr(config, "max_position_embeddings", 0) or 0
+    return ModelShape(
+        model_type=config.model_type,
+        hidden=hidden,
+        ffn_width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=config.vocab_size,
+        positions=max_length if row.positions else 0,
+        max_length=max_length,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        ffn_kind=row.ffn_kind,
+        attention_linears=_attention(row, config, hidden, queries, keys),
+        ffn_linears=_ffn(row, config, hidden, width),
+        norm_params=_norms(row, hidden, layers, head_dim, queries, keys),
+    )
