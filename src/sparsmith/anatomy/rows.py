@@ -40,6 +40,8 @@ class Anatomy:
     norm_bias: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     """Norms on queries and keys: none, one of `head_dim` each, or over all heads."""
+    conv1d: bool = False
+    """True where linears hold their weight transposed (GPT-2's Conv1D)."""
     attention_bias: Literal["none", "config", "qkv", "all"] = "none"
     ffn_bias: Literal["none", "config", "all"] = "none"
 
@@ -85,6 +87,7 @@ _ROWS: list[Anatomy] = [
         ffn_linears=("c_fc", "c_proj"),
         ffn_kind="plain",
         norm_bias=True,
+        conv1d=True,
         attention_bias="all",
         ffn_bias="all",
     ),

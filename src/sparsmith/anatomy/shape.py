@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,23 +27,28 @@ class ModelShape:
     """Longest context, in tokens; 0 = unknown."""
     tied: bool
     ffn_kind: str
-    attention_linears: tuple[tuple[str, int, int, bool], ...]
-    """(name, inputs, outputs, has bias) of one block."""
-    ffn_linears: tuple[tuple[str, int, int, bool], ...]
+    attention_linears: Mapping[str, tuple[int, int]]
+    """Name inside the block (`self_attn.q_proj`) -> (inputs, outputs)."""
+    ffn_linears: Mapping[str, tuple[int, int]]
+    biases: frozenset[str]
+    """Names of the linears that have a bias."""
     norm_params: int
 
     @property
-    def linears(self) -> tuple[tuple[str, int, int, bool], ...]:
+    def linears(self) -> dict[str, tuple[int, int]]:
         """Every linear of one block, attention first."""
-        return (*self.attention_linears, *self.ffn_linears)
+        return {**self.attention_linears, **self.ffn_linears}
+
+    def _size(self, linears: Mapping[str, tuple[int, int]]) -> int:
+        return sum(i * o + (o if name in self.biases else 0) for name, (i, o) in linears.items())
 
     @property
     def attention_params(self) -> int:
-        return self.layers * _size(self.attention_linears)
+        return self.layers * self._size(self.attention_linears)
 
     @property
     def ffn_params(self) -> int:
-        return self.layers * _size(self.ffn_linears)
+        return self.layers * self._size(self.ffn_linears)
 
     @property
     def embedding_params(self) -> int:
@@ -58,29 +64,24 @@ class ModelShape:
         return self.attention_params + self.ffn_params + self.norm_params + self.embedding_params + self.head_params
 
 
-def _size(linears: tuple[tuple[str, int, int, bool], ...]) -> int:
-    return sum(inputs * outputs + (outputs if bias else 0) for _, inputs, outputs, bias in linears)
-
-
-def _attention(
-    row: Anatomy, config: Any, hidden: int, queries: int, keys: int
-) -> tuple[tuple[str, int, int, bool], ...]:
-    from_config = bool(getattr(config, "attention_bias", False))
-    qkv = {"none": False, "config": from_config, "qkv": True, "all": True}[row.attention_bias]
-    out = {"none": False, "config": from_config, "qkv": False, "all": True}[row.attention_bias]
+def _attention(row: Anatomy, hidden: int, queries: int, keys: int) -> dict[str, tuple[int, int]]:
     *inward, outward = row.attention_linears
     widths = (queries, keys, keys) if len(inward) == 3 else (queries + 2 * keys,)
-    return (
-        *((name, hidden, width, qkv) for name, width in zip(inward, widths, strict=True)),
-        (outward, queries, hidden, out),
-    )
+    sizes = {f"{row.attention}.{name}": (hidden, width) for name, width in zip(inward, widths, strict=True)}
+    return {**sizes, f"{row.attention}.{outward}": (queries, hidden)}
 
 
-def _ffn(row: Anatomy, config: Any, hidden: int, width: int) -> tuple[tuple[str, int, int, bool], ...]:
-    bias = {"none": False, "config": bool(getattr(config, "mlp_bias", False)), "all": True}[row.ffn_bias]
+def _ffn(row: Anatomy, hidden: int, width: int) -> dict[str, tuple[int, int]]:
     *inward, outward = row.ffn_linears
     into = 2 * width if row.ffn_kind == "fused_gated" else width
-    return (*((name, hidden, into, bias) for name in inward), (outward, width, hidden, bias))
+    return {**{f"{row.ffn}.{name}": (hidden, into) for name in inward}, f"{row.ffn}.{outward}": (width, hidden)}
+
+
+def _biases(row: Anatomy, config: Any, attention: Iterable[str], ffn: Iterable[str]) -> frozenset[str]:
+    attention, from_config = tuple(attention), bool(getattr(config, "attention_bias", False))
+    chosen = {"none": (), "config": attention if from_config else (), "qkv": attention[:-1], "all": attention}
+    in_ffn = {"none": False, "config": bool(getattr(config, "mlp_bias", False)), "all": True}[row.ffn_bias]
+    return frozenset((*chosen[row.attention_bias], *(ffn if in_ffn else ())))
 
 
 def _norms(row: Anatomy, hidden: int, layers: int, head_dim: int, queries: int, keys: int) -> int:
@@ -97,6 +98,7 @@ def shape_of(config: Any) -> ModelShape:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     queries, keys = heads * head_dim, kv_heads * head_dim
+    attention, ffn = _attention(row, hidden, queries, keys), _ffn(row, hidden, width)
     max_length = getattr(config, "max_position_embeddings", 0) or 0
     return ModelShape(
         model_type=config.model_type,
@@ -111,7 +113,8 @@ def shape_of(config: Any) -> ModelShape:
         max_length=max_length,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         ffn_kind=row.ffn_kind,
-        attention_linears=_attention(row, config, hidden, queries, keys),
-        ffn_linears=_ffn(row, config, hidden, width),
+        attention_linears=attention,
+        ffn_linears=ffn,
+        biases=_biases(row, config, attention, ffn),
         norm_params=_norms(row, hidden, layers, head_dim, queries, keys),
     )
