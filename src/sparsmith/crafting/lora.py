@@ -26,7 +26,7 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     Raises:
         MethodError: a target name that the family does not have.
     """
-    row = anatomy.of(model.config)
+    row = anatomy.anatomy_of(model)
     wanted = target_names(row, settings)
     # c_proj of GPT-2 names an attention and an FFN linear: the parent tells them apart, and both are wanted then
     blocks = {id(module) for block in anatomy.blocks(model) for module in block.modules()}
@@ -41,14 +41,15 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:
     """PEFT's config for exactly these modules."""
     from peft import LoraConfig
 
-    row = anatomy.of(model.config)
+    targets = lora_targets(model, settings)
+    modules = dict(model.named_modules())
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=lora_targets(model, settings),
+        target_modules=targets,
         bias="none",
-        fan_in_fan_out=row.conv1d,
+        fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in targets),
     )
 
 

@@ -59,9 +59,8 @@ class Tuner(Trainer):
         self.parts = record.parts
         self.window = Window(tuple(domains))
         self.health = Health(model)
-        own: list[TrainerCallback] = [self.health]
-        if moved_after is not None:
-            own.append(RolesMove(model, moved_after))
+        self.roles_move = RolesMove(model, moved_after) if moved_after is not None else None
+        own: list[TrainerCallback] = [self.health, *([self.roles_move] if self.roles_move else [])]
         super().__init__(
             model=Objective(model, domains=len(domains)),
             args=args,

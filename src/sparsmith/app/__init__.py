@@ -1,0 +1,31 @@
+"""The verbs as functions: recipe + method + data + tuner put together. The only floor that knows all parts.
+
+Every function here is what one CLI verb calls; all take plain paths and return data.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "load_recipe": "sparsmith.app.recipes",
+    "plan": "sparsmith.app.recipes",
+    "data_show": "sparsmith.app.recipes",
+    "tune": "sparsmith.app.tune",
+    "evaluate": "sparsmith.app.use",
+    "generate": "sparsmith.app.use",
+    "export": "sparsmith.app.use",
+    "report": "sparsmith.app.use",
+    "verify": "sparsmith.app.use",
+    "import_camelidae": "sparsmith.app.use",
+    "demo": "sparsmith.app.demo",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparsmith.app' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

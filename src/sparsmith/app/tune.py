@@ -1,0 +1,268 @@
+"""`tune`: craft, tune, measure, prove, write it all down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsmith import recipe as recipes
+from sparsmith.app import facts
+from sparsmith.app.recipes import load_recipe
+from sparsmith.durable import write_json, write_text
+from sparsmith.errors import ProofError, UsageError
+from sparsmith.recipe.schema import Recipe
+from sparsmith.runs import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def tune(
+    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, console: Console | None = None, label: str = ""
+) -> Path:
+    """Run a recipe to its end and return the run's folder.
+
+    Args:
+        recipe: a recipe or the path of one.
+        overrides: `key=value` settings for a path.
+        console: where progress is drawn; default: the terminal's standard error.
+        label: the run's name on the progress bar; default: its folder's name.
+
+    Raises:
+        SparsmithError: bad recipe, data, base or setting; ProofError where something that must hold does not.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    run = RunFolder(Path(recipe.output).absolute())
+    resume = _open(run, recipe)
+    session = _Session(recipe, run, console, label or run.root.name)
+    session.prepare()
+    session.craft()
+    session.train(resume)
+    session.finish()
+    return run.root
+
+
+def _open(run: RunFolder, recipe: Recipe) -> str | None:
+    """The checkpoint to resume from, if the folder holds an unfinished run of this recipe."""
+    text = recipes.dump(recipe)
+    if run.root.exists() and any(run.root.iterdir()):
+        if not run.recipe.is_file():
+            raise UsageError(str(run.root), "a folder with other files", "a new folder, or a run", "Change `output`.")
+        if run.recipe.read_text(encoding="utf-8") != text:
+            raise UsageError(
+                str(run.root),
+                "a run of another recipe",
+                "a run of this recipe",
+                "Change `output`, or remove the folder.",
+            )
+        if run.finished:
+            raise UsageError(
+                str(run.root),
+                "a finished run",
+                "an unfinished one to go on with",
+                "Change `output`, or remove the folder.",
+            )
+    run.root.mkdir(parents=True, exist_ok=True)
+    write_text(run.recipe, text)
+    return _last_checkpoint(run)
+
+
+def _last_checkpoint(run: RunFolder) -> str | None:
+    found = [p for p in run.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not found:
+        run.metrics.unlink(missing_ok=True)
+        return None
+    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1])))
+
+
+class _Session:
+    """One run: each step leaves its figures in the run's folder."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder, console: Console | None, label: str) -> None:
+        from rich.console import Console
+
+        self.recipe, self.run, self.label = recipe, run, label
+        self.console = console or Console(stderr=True)
+        self.started = time.time()
+        self.proof: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Threads, tokenizer, rows, plan: everything that can fail before a weight is read."""
+        import torch
+        from transformers import set_seed
+
+        from sparsmith.crafting.base_model import load_tokenizer
+        from sparsmith.crafting.plan import plan_recipe
+        from sparsmith.data import load_data
+
+        train = self.recipe.train
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        set_seed(train.seed)
+        self.plan = plan_recipe(self.recipe)
+        write_json(self.run.plan, self.plan.as_dict())
+        self.tokenizer = load_tokenizer(self.recipe.model)
+        self.data = load_data(
+            self.recipe.data,
+            self.tokenizer,
+            seed=train.seed,
+            rows_needed=train.steps * train.batch_size if train.steps else None,
+            epochs=train.epochs,
+            rejects=self.run.rejects,
+        )
+        self.steps = train.steps or max(1, len(self.data.train) // train.batch_size)
+        write_json(
+            self.run.data,
+            {"domains": self.data.domains, "counts": self.data.counts, "fingerprints": self.data.fingerprints},
+        )
+
+    def craft(self) -> None:
+        """Load the base, measure it, craft it, hold the counts against the plan."""
+        from sparsmith.crafting.apply import check_roles, craft
+        from sparsmith.crafting.base_model import load_base
+        from sparsmith.crafting.record import record_of
+
+        base = load_base(self.recipe.model)
+        self._to_device(base)
+        self.before = self._evaluate(base)
+        self.samples_before = self._samples(base)
+        proven = self.recipe.proof.enabled
+        configs = list(self.recipe.methods)
+        self.model = craft(base, configs, inplace=True, seed=self.recipe.train.seed, proof=proven)  # type: ignore[arg-type]
+        counts = check_roles(self.model)
+        if counts != self.plan.trained:
+            raise ProofError("trained tensors", str(counts), f"the plan's {self.plan.trained}", "Please report this.")
+        self.proof["craft"] = {
+            **record_of(self.model).neutral,
+            "trained": {"check": "trained parameters by role equal the plan", "value": counts, "passed": True},
+        }
+
+    def train(self, resume: str | None) -> None:
+        """The Trainer's loop."""
+        from sparsmith.data import Collator
+        from sparsmith.training import Tuner
+        from sparsmith.training.arguments import training_arguments
+        from sparsmith.training.callbacks.measure import Evaluation
+        from sparsmith.training.callbacks.progress import ProgressBar
+        from sparsmith.training.callbacks.recorder import Recorder
+
+        recipe = self.recipe
+        recorder = Recorder(self.run.metrics)
+        tuner = Tuner(
+            model=self.model,
+            args=training_arguments(recipe.train, self.run.checkpoints, self.steps),
+            train_dataset=self.data.train,
+            data_collator=Collator.of(recipe.data, self.tokenizer, self.model.config),
+            domains=self.data.domains,
+            moved_after=recipe.proof.moved_after if recipe.proof.enabled else None,
+            callbacks=[recorder],
+        )
+        bar = ProgressBar(self.label, lambda: tuner.health.words, self.console)
+        tuner.add_callback(bar)
+        if recipe.train.eval_every and self.data.eval:
+            recorder.write({"step": 0, **self._losses(self.before)})
+            tuner.add_callback(Evaluation(self._measure, recorder.write, recipe.train.eval_every))
+        begun = time.perf_counter()
+        try:
+            tuner.train(resume_from_checkpoint=resume)
+        finally:
+            bar.close()
+        self.train_seconds = time.perf_counter() - begun
+        self.tokens = tuner.window.tokens_seen
+        if tuner.roles_move is not None and tuner.roles_move.result:
+            self.proof["during"] = tuner.roles_move.result
+
+    def finish(self) -> None:
+        """Measure the tuned model, save it, write the run's facts and its report."""
+        from sparsmith.crafting.checkpoint import save
+        from sparsmith.evaluating.samples import side_by_side
+        from sparsmith.reporting import write_report
+
+        self.model.eval()
+        tables = self._load_tables()
+        after = self._evaluate(self.model)
+        if after is not None:
+            write_json(self.run.evaluation, {"base": self.before.to_json(), "tuned": after.to_json()})
+            write_json(self.run.samples, side_by_side(self.samples_before, self._samples(self.model)))
+        if tables:
+            write_json(self.run.tables, tables)
+        save(self.model, self.run.model, tokenizer=self.tokenizer)
+        write_json(self.run.proof, self.proof)
+        write_json(self.run.facts, self._facts())
+        write_report([self.run.root], self.run.report)
+
+    def _facts(self) -> dict[str, Any]:
+        from sparsmith import __version__
+
+        return {
+            "sparsmith": __version__,
+            "methods": [config.method for config in self.recipe.methods],  # type: ignore[attr-defined]
+            "versions": facts.versions(),
+            "machine": facts.machine(),
+            "command": facts.command(),
+            "seed": self.recipe.train.seed,
+            "steps": self.steps,
+            "rows": self.steps * self.recipe.train.batch_size,
+            "tokens_trained": self.tokens,
+            "train_seconds": self.train_seconds,
+            "seconds": time.time() - self.started,
+            "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _to_device(self, model: Any) -> None:
+        import torch
+
+        if torch.cuda.is_available() and self.recipe.model.quant == "none":
+            model.to("cuda")
+
+    def _evaluate(self, model: Any, **options: Any) -> Any:
+        from sparsmith.evaluating import evaluate
+
+        if not self.data.eval:
+            return None
+        return evaluate(
+            model, self.tokenizer, self.data.eval, seed=self.recipe.train.seed, domains=self.data.domains, **options
+        )
+
+    def _samples(self, model: Any) -> list[dict[str, str]]:
+        from sparsmith.evaluating.samples import sample_answers
+
+        return sample_answers(model, self.tokenizer, self.data.eval, per_set=1, seed=self.recipe.train.seed)
+
+    def _measure(self) -> dict[str, Any]:
+        return self._losses(self._evaluate(self.model, metrics=["loss"], resamples=1))
+
+    @staticmethod
+    def _losses(result: Any) -> dict[str, Any]:
+        return {
+            "eval_loss": {name: m["loss"].value for name, m in result.sets.items() if "loss" in m},
+            "eval_domain_loss": {name: m["loss"].value for name, m in result.domains.items() if "loss" in m},
+        }
+
+    def _load_tables(self) -> dict[str, Any]:
+        """Nested figures of the methods (expert load by layer and domain), measured on the evaluation rows."""
+        from sparsmith.crafting.record import record_of
+
+        if not self.data.eval:
+            return {}
+        parts = record_of(self.model).parts
+        for method, config in parts:
+            method.metrics(self.model, config)  # empties the window
+
+        def before_forward(batch: Any) -> None:
+            for method, config in parts:
+                method.before_forward(self.model, config, batch)
+
+        self._evaluate(self.model, metrics=["loss"], resamples=1, on_batch=before_forward)
+        tables = {}
+        for method, config in parts:
+            figures = method.metrics(self.model, config)
+            nested = {k.removeprefix("table/"): v for k, v in figures.items() if k.startswith("table/")}
+            if nested:
+                tables[method.name] = {**nested, "domains": self.data.domains}
+        return tables

@@ -1,0 +1,119 @@
+"""Verbs on what already exists: evaluate, generate, export, report, verify, import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsmith.app.recipes import load_recipe
+from sparsmith.errors import UsageError
+from sparsmith.runs import is_run, open_run
+
+if TYPE_CHECKING:
+    from sparsmith.recipe.schema import Recipe
+
+
+def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
+    """(model, tokenizer, the run's recipe) of a run, a checkpoint of ours, or any folder or hub id of a causal LM."""
+    from sparsmith.crafting.base_model import load_base, load_tokenizer
+    from sparsmith.crafting.checkpoint import is_checkpoint, load
+    from sparsmith.recipe.schema import ModelSettings
+
+    if is_run(target):
+        run = open_run(target)
+        recipe = load_recipe(run.recipe, check_paths=False)
+        if not run.model.is_dir():
+            raise UsageError(str(target), "a run without a model", "a finished run", "Run `sparsmith tune` to its end.")
+        return load(run.model), load_tokenizer(recipe.model), recipe
+    if is_checkpoint(target):
+        model = load(target)
+        settings = ModelSettings(path=str(target))
+        if not (Path(target) / "tokenizer_config.json").is_file():
+            settings = ModelSettings(path=str(model.sparsmith.base.folder or model.sparsmith.base.id))
+        return model, load_tokenizer(settings), None
+    settings = ModelSettings(path=str(target), dtype="auto")
+    return load_base(settings), load_tokenizer(settings), None
+
+
+def evaluate(
+    target: str | Path, recipe: str | Path | None = None, overrides: Sequence[str] = (), *, seed: int = 42
+) -> Any:
+    """Measure a run or a model on the evaluation sets of a recipe (default: the run's own).
+
+    Returns:
+        An `EvalResult`.
+    """
+    from sparsmith.data import load_data
+    from sparsmith.evaluating import evaluate as measure
+
+    model, tokenizer, own = load_model(target)
+    chosen = load_recipe(recipe, overrides) if recipe is not None else own
+    if chosen is None:
+        raise UsageError(str(target), "no recipe", "a run, or --recipe with `data.eval`", "Add --recipe FILE.")
+    data = load_data(chosen.data, tokenizer, seed=chosen.train.seed, rows_needed=0)
+    return measure(model, tokenizer, data.eval, seed=seed, domains=data.domains)
+
+
+def generate(
+    target: str | Path, prompt: str, *, max_new_tokens: int = 128, raw: bool = False, **options: Any
+) -> Iterator[str]:
+    """The answer to a prompt, piece by piece. The run's template (or the chat template) is put around it unless `raw`."""
+    from sparsmith.data import render_prompt
+    from sparsmith.inference import stream_text
+
+    model, tokenizer, recipe = load_model(target)
+    ids = render_prompt(prompt, tokenizer, None if raw or recipe is None else recipe.data.template, raw=raw)
+    yield from stream_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, **options)
+
+
+def export(target: str | Path, out: str | Path, **options: Any) -> Any:
+    """Write the settled model as a full checkpoint and prove it in a clean process."""
+    from sparsmith.durable import write_json
+    from sparsmith.exporting import export as write
+
+    model, tokenizer, recipe = load_model(target)
+    facts: dict[str, Any] = {}
+    if recipe is not None:
+        run = open_run(target)
+        facts = {
+            "run": run.read(run.facts),
+            "recipe": run.recipe.read_text(encoding="utf-8"),
+            "proof": run.read(run.proof),
+            "plan": run.read(run.plan),
+        }
+    report = write(model, out, tokenizer=tokenizer, facts=facts, **options)
+    if recipe is not None:
+        run = open_run(target)
+        write_json(run.proof, {**(run.read(run.proof) or {}), "export": report.proof})
+        rewrite_report(run.root)
+    return report
+
+
+def rewrite_report(root: Path) -> Path:
+    """The run's own report, anew."""
+    from sparsmith.reporting import write_report
+
+    return write_report([root], root / "report.html")
+
+
+def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """One self-contained HTML page for one run or several side by side."""
+    from sparsmith.reporting import write_report
+
+    folders = [open_run(run).root for run in runs]
+    return write_report(folders, Path(out) if out else folders[0] / "report.html")
+
+
+def verify(folder: str | Path) -> Any:
+    """Every hash, shape and number of a checkpoint, an export or a run."""
+    from sparsmith.exporting import verify as check
+
+    return check(folder)
+
+
+def import_camelidae(folder: str | Path, out: str | Path, **options: Any) -> Any:
+    """A published PESC checkpoint as one of ours."""
+    from sparsmith.exporting.camelidae import import_camelidae as convert
+
+    return convert(folder, out, **options)
