@@ -1,7 +1,7 @@
 """Text for the embedded base: which public files it learns from, how a row becomes text, what is held out.
 
-Only training files under permissive licences are listed. A row is held out by a hash of its question (or passage), never
-by its position, so that the same question met in two files, or in two templates, lands on the same side.
+Only training files under permissive licences are listed. A row is held out by a hash of its question (or passage),
+never by its position, so that the same question met in two files, or in two templates, lands on the same side.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ def _gsm8k(path: Path) -> Iterator[Document]:
 def _cot(path: Path) -> Iterator[Document]:
     for question, answer, rationale in _tsv_rows(path):
         yield question, instruction(question, f"{rationale}\nThe answer is {answer}.")
-
 
 
 def _mbpp(path: Path) -> Iterator[Document]:
@@ -140,11 +139,15 @@ def _source(name: str, domain: str, path: str, origin: str, licence: str, read: 
 
 _FLAN = "google-research/FLAN @ e9e4ec6e27"
 SOURCES = (
-    _source("GSM8K train", "maths", "math/gsm8k_train.jsonl.gz", "openai/grade-school-math @ 3101c7d507", "MIT", _gsm8k),
+    _source(
+        "GSM8K train", "maths", "math/gsm8k_train.jsonl.gz", "openai/grade-school-math @ 3101c7d507", "MIT", _gsm8k
+    ),
     _source("GSM8K train, FLAN form", "maths", "general/flan_cot_gsm8k_train.tsv.gz", _FLAN, "Apache-2.0; MIT", _cot),
     _source("AQuA train, FLAN form", "maths", "general/flan_cot_aqua_train.tsv.gz", _FLAN, "Apache-2.0", _cot),
     _source("MBPP 601-974", "code", "code/mbpp.jsonl", "google-research/mbpp", "CC BY 4.0", _mbpp),
-    _source("NL2Bash", "code", "code/nl2bash.jsonl.gz", "TellinaTool/nl2bash @ 466c5fe873 (data/bash)", "MIT", _nl2bash),
+    _source(
+        "NL2Bash", "code", "code/nl2bash.jsonl.gz", "TellinaTool/nl2bash @ 466c5fe873 (data/bash)", "MIT", _nl2bash
+    ),
     _source(
         "30 seconds of Python",
         "code",
@@ -170,7 +173,9 @@ SOURCES = (
         "Apache-2.0; MIT, Apache-2.0 or CC BY 4.0",
         _p3,
     ),
-    _source("CSQA2 train", "general", "general/csqa2_train.jsonl.gz", "allenai/csqa2 @ 3f57a4a6a1", "CC BY 4.0", _csqa2),
+    _source(
+        "CSQA2 train", "general", "general/csqa2_train.jsonl.gz", "allenai/csqa2 @ 3f57a4a6a1", "CC BY 4.0", _csqa2
+    ),
     _source("CREAK train", "general", "general/flan_cot_creak_train.tsv.gz", _FLAN, "Apache-2.0; MIT", _cot),
     _source("QASC train", "general", "general/flan_cot_qasc_train.tsv.gz", _FLAN, "Apache-2.0; CC BY 4.0", _cot),
     _source(
@@ -181,7 +186,9 @@ SOURCES = (
         "MIT",
         _strategyqa,
     ),
-    _source("StrategyQA, FLAN form", "general", "general/flan_cot_strategyqa_train.tsv.gz", _FLAN, "Apache-2.0; MIT", _cot),
+    _source(
+        "StrategyQA, FLAN form", "general", "general/flan_cot_strategyqa_train.tsv.gz", _FLAN, "Apache-2.0; MIT", _cot
+    ),
     _source(
         "WebQuestions train",
         "general",

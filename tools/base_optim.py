@@ -1,8 +1,9 @@
 """Muon, for the matrices of a small model trained on CPU in float32.
 
 Paper: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the scaling that gives an update
-the size of AdamW's is from Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2. torch.optim.Muon runs its
-iteration in bfloat16, which CPUs without bfloat16 units do several times slower than float32; this one stays in float32.
+the size of AdamW's is from Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2. torch.optim.Muon runs
+its iteration in bfloat16, which CPUs without bfloat16 units do several times slower than float32; this one stays in
+float32.
 """
 
 from __future__ import annotations

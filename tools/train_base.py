@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,9 @@ class Rows:
         per_epoch = sum(map(len, documents)) // CONTEXT
         epoch, place = divmod(number, per_epoch)
         if self.streams.get(domain, (-1,))[0] != epoch:
-            order = np.random.default_rng([self.seed, base_data.DOMAINS.index(domain), epoch]).permutation(len(documents))
+            order = np.random.default_rng([self.seed, base_data.DOMAINS.index(domain), epoch]).permutation(
+                len(documents)
+            )
             self.streams[domain] = (epoch, np.concatenate([documents[i] for i in order]))
         return self.streams[domain][1][place * CONTEXT : (place + 1) * CONTEXT]
 
@@ -162,7 +163,7 @@ def save(folder: Path, model: LlamaForCausalLM, optimisers: list, state: dict) -
     temporary = folder / "checkpoint.tmp"
     payload = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "state": state}
     torch.save(payload, temporary)
-    os.replace(temporary, folder / "checkpoint.pt")
+    temporary.replace(folder / "checkpoint.pt")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -240,6 +241,12 @@ def export(arguments: argparse.Namespace) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(arguments.to)
     tokenizer.save_pretrained(arguments.to)
+    settings = arguments.to / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k not in ("is_local", "local_files_only")}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older readers know as well
+    settings.write_text(json.dumps(kept, indent=2) + "\n")
+    for file in arguments.to.iterdir():
+        file.chmod(0o644)
     print(json.dumps(payload["state"]))
 
 
@@ -252,7 +259,9 @@ def main() -> None:
     training.add_argument("--steps", type=int, help="number of steps; without it, --minutes decides")
     training.add_argument("--minutes", type=float, default=72.0)
     training.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    training.add_argument("--rows-per-domain", type=int, default=4, help=f"rows of {CONTEXT} tokens per step and domain")
+    training.add_argument(
+        "--rows-per-domain", type=int, default=4, help=f"rows of {CONTEXT} tokens per step and domain"
+    )
     training.add_argument("--threads", type=int, default=1)
     training.add_argument("--seed", type=int, default=20)
     training.add_argument("--save-minutes", type=float, default=5.0)
