@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 from sparsmith.errors import MethodError, nearest
 from sparsmith.methods.base import Method, MethodConfig
 
-# name -> "module:attribute"; loaded when first asked for, because layers import torch
-_BUILT_IN: dict[str, str] = {
-    "pesc": "sparsmith.methods.pesc.method:PESC",
+# name -> "module:attribute" of the method and of its settings; loaded when first asked for, because layers import torch
+_BUILT_IN: dict[str, tuple[str, str]] = {
+    "pesc": ("sparsmith.methods.pesc.method:PESC", "sparsmith.methods.pesc.config:PescConfig"),
 }
 _EXTRA: dict[str, Method] = {}
 
@@ -33,8 +34,8 @@ def names() -> tuple[str, ...]:
 
 
 @cache
-def _built_in(name: str) -> Method:
-    module, attribute = _BUILT_IN[name].split(":")
+def _load(home: str) -> Any:
+    module, attribute = home.split(":")
     return getattr(import_module(module), attribute)
 
 
@@ -44,7 +45,7 @@ def get(name: str) -> Method:
         return _EXTRA[name]
     if name not in _BUILT_IN:
         raise MethodError("methods", f"`{name}`", "a known method", nearest(name, names()))
-    return _built_in(name)
+    return _load(_BUILT_IN[name][0])
 
 
 def of(config: MethodConfig) -> Method:
@@ -53,5 +54,6 @@ def of(config: MethodConfig) -> Method:
 
 
 def config_classes() -> dict[str, type[MethodConfig]]:
-    """Method name -> config class, for the recipe loader."""
-    return {name: get(name).config_class for name in names()}
+    """Method name -> config class, for the recipe loader. Loads no layers, so no torch."""
+    built_in = {name: _load(config) for name, (_, config) in _BUILT_IN.items()}
+    return built_in | {name: method.config_class for name, method in _EXTRA.items()}

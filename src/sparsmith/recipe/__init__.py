@@ -1,1 +1,17 @@
 """The recipe: typed settings of a run and their loader."""
+
+from sparsmith.recipe.loader import dump, json_schema, load_recipe, load_text
+from sparsmith.recipe.paths import EMBEDDED, is_hub_id, resolve, with_absolute_paths
+from sparsmith.recipe.schema import Recipe
+
+__all__ = [
+    "EMBEDDED",
+    "Recipe",
+    "dump",
+    "is_hub_id",
+    "json_schema",
+    "load_recipe",
+    "load_text",
+    "resolve",
+    "with_absolute_paths",
+]

@@ -6,20 +6,29 @@ The method entries are validated by the methods' own config classes, which stand
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny
 
-from sparsmith.recipe.strict import StrictModel
+from sparsmith.errors import nearest
+from sparsmith.recipe.strict import Clash, StrictModel
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=64)]
+"""A word that can also be a part of a file name: letters, digits and `_ . + -`."""
+Text = Annotated[str, Field(min_length=1)]
+
+COLUMN_FIELDS = ("prompt", "completion", "system", "text", "messages", "instruction", "input", "output")
+"""What `columns` may map: the fields of the formats that the reader knows."""
 
 
 class ModelSettings(StrictModel):
     """The dense base."""
 
-    path: str
+    path: Text
     """A folder with a Hugging Face checkpoint, a hub id, or `embedded` for the base that ships with sparsmith."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Number type of the frozen base. Trained weights are always held in float32."""
@@ -34,20 +43,20 @@ class ModelSettings(StrictModel):
     """Run model code that lies beside the weights. Off unless asked for."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
 
-    @model_validator(mode="after")
-    def _labels_belong_to_a_classifier(self):
-        if (self.task == "seq_cls") != (self.num_labels is not None):
-            raise ValueError("num_labels is required by task seq_cls, and by it alone")
-        return self
+    def clashes(self) -> Iterable[Clash]:
+        if self.task == "seq_cls" and self.num_labels is None:
+            yield Clash("num_labels", "nothing", "the number of classes, as the task is seq_cls", "Add `num_labels`.")
+        if self.task != "seq_cls":
+            yield from self.without_effect(["num_labels"], "task seq_cls")
 
 
 class Source(StrictModel):
     """One file (or hub data set) of rows."""
 
-    name: str
-    domain: str
+    name: Name
+    domain: Name
     """The group by which losses and expert load are told apart."""
-    path: str
+    path: Text
     """File, folder or hub data set; relative to the recipe's folder."""
     columns: dict[str, str] = {}
     """Our field (`prompt`, `completion`, `system`, `text`, `messages`) -> a column, or a template such as
@@ -59,8 +68,27 @@ class Source(StrictModel):
     """Use the first `limit` rows of the seeded order."""
     where: dict[str, Any] = {}
     """Keep only rows whose column equals the value (or one of a list; or `[low, high]` under the key `column:range`)."""
+    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the rows that are kept for evaluation when one file serves both. A row's side is drawn from a hash of its prompt
+    alone: the same in every run, and rows with equal prompts are on one side. Give the same share at both sources."""
+    part: Literal["all", "train", "heldout"] = "all"
+    """Which side of the `heldout` split this source reads; needs `heldout`."""
     on_bad_row: Literal["stop", "skip"] | None = None
     """Overrides `data.on_bad_row` for this source."""
+
+    def clashes(self) -> Iterable[Clash]:
+        if self.heldout and self.part == "all":
+            yield Clash("part", "nothing", "`train` or `heldout`, as heldout is set", "Add `part`.")
+        if self.part != "all" and not self.heldout:
+            yield Clash("heldout", "nothing", f"the share to split by, as part is `{self.part}`", "Add `heldout: 0.1`.")
+        for field in self.columns:
+            if field not in COLUMN_FIELDS:
+                yield Clash(
+                    "columns." + field,
+                    f"the unknown field `{field}`",
+                    "a field of a row",
+                    nearest(field, COLUMN_FIELDS),
+                )
 
 
 class TrainSource(Source):
@@ -80,17 +108,22 @@ class EvalSource(Source):
     """For `after_marker`."""
     max_new_tokens: PositiveInt = 64
 
-    @model_validator(mode="after")
-    def _rank_needs_options(self):
-        if ("rank" in self.metrics) != (self.options is not None):
-            raise ValueError("options is required by the metric rank, and by it alone")
-        return self
+    def clashes(self) -> Iterable[Clash]:
+        yield from super().clashes()
+        if "rank" in self.metrics and self.options is None:
+            yield Clash("options", "nothing", "the options to rank, as metrics has rank", "Add `options`.")
+        if "rank" not in self.metrics:
+            yield from self.without_effect(["options"], "rank among the metrics")
+        if "exact_match" not in self.metrics:
+            yield from self.without_effect(["extractor", "marker", "max_new_tokens"], "exact_match among the metrics")
+        elif self.extractor != "after_marker":
+            yield from self.without_effect(["marker"], "extractor after_marker")
 
 
 class DataSettings(StrictModel):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
     eval: tuple[EvalSource, ...] = ()
-    template: str | Literal["chat"] | None = None
+    template: Text | None = None
     """Prompt text with the fields `{system}` and `{prompt}`; `chat` = the tokenizer's chat template; absent = the chat template
     where the tokenizer has one, else `### Human:\\n{prompt}\\n### Assistant:\\n`."""
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -106,8 +139,32 @@ class DataSettings(StrictModel):
     `sizes`."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that tokenise; 0 = one per core."""
-    cache: str | None = None
+    cache: Text | None = None
     """Folder of the token cache; default: the user's cache folder."""
+
+    def clashes(self) -> Iterable[Clash]:
+        if self.template is not None and self.template != "chat":
+            fault = _template_fault(self.template)
+            if fault:
+                yield Clash("template", fault, "text with {prompt} (and, if wanted, {system})", "Mend the template.")
+        if self.mixing == "rates":
+            for index, source in enumerate(self.train):
+                for clash in source.without_effect(["cap"], "mixing sizes or balanced"):
+                    yield Clash(f"train.{index}.{clash.key}", clash.found, clash.expected, clash.mend)
+        if self.train and not any(source.rate for source in self.train):
+            yield Clash("train.0.rate", "no source with a rate above 0", "at least one", "Raise a rate.")
+
+
+def _template_fault(template: str) -> str:
+    """What is wrong with a prompt template, or nothing."""
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        return f"a template that cannot be read ({error})"
+    unknown = [name for name in fields if name not in ("prompt", "system")]
+    if unknown:
+        return f"the unknown field {{{unknown[0]}}}"
+    return "" if "prompt" in fields else "no field {prompt}"
 
 
 class TrainSettings(StrictModel):
@@ -123,10 +180,10 @@ class TrainSettings(StrictModel):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Fraction of all steps."""
     weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip: Annotated[float, Field(gt=0)] | None = 0.3
     """Largest norm of the whole gradient."""
-    optimizer: str = "adamw_torch"
+    optimizer: Text = "adamw_torch"
     """A name that the transformers Trainer knows (`paged_adamw_32bit`, ...)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Autocast type; `auto` = bfloat16 on a CUDA device that has it, else float32."""
@@ -134,8 +191,9 @@ class TrainSettings(StrictModel):
     save_every: PositiveInt | None = None
     """Steps; absent = only at the end."""
     keep: PositiveInt = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, of those that `save_every` writes."""
     eval_every: PositiveInt | None = None
+    """Steps between measurements of the held-out loss; absent = only before and after."""
     log_every: PositiveInt = 10
     seed: Annotated[int, Field(ge=0)] = 42
     threads: PositiveInt | None = None
@@ -143,13 +201,27 @@ class TrainSettings(StrictModel):
     report_to: tuple[str, ...] = ()
     """Trackers of the transformers Trainer (`trackio`, `wandb`, `tensorboard`, ...)."""
 
-    @model_validator(mode="after")
-    def _length_and_batch(self):
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+    def clashes(self) -> Iterable[Clash]:
+        if self.steps is None and self.epochs is None:
+            yield Clash("steps", "neither steps nor epochs", "one of them", "Add `steps`.")
+        if self.steps is not None and self.epochs is not None:
+            yield Clash(
+                "epochs",
+                "both steps and epochs",
+                "one of them",
+                "Remove one (`train.epochs=null` on the command line).",
+            )
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError("micro_batch_size must divide batch_size")
-        return self
+            yield Clash(
+                "micro_batch_size",
+                f"`{self.micro_batch_size}`",
+                f"a divisor of batch_size, which is {self.batch_size}",
+                "Change one of the two.",
+            )
+        if self.schedule == "constant":
+            yield from self.without_effect(["warmup"], "schedule constant_with_warmup, cosine or linear")
+        if self.save_every is None:
+            yield from self.without_effect(["keep"], "save_every")
 
 
 class ProofSettings(StrictModel):
@@ -157,12 +229,16 @@ class ProofSettings(StrictModel):
     moved_after: PositiveInt = 20
     """Optimiser steps after which every trained role must have changed."""
 
+    def clashes(self) -> Iterable[Clash]:
+        if not self.enabled:
+            yield from self.without_effect(["moved_after"], "enabled: true")
+
 
 class Recipe(StrictModel):
     model: ModelSettings
     methods: Annotated[tuple[SerializeAsAny[StrictModel], ...], Field(min_length=1)]
     data: DataSettings
     train: TrainSettings
-    output: str
+    output: Text
     """The run's folder; relative to the working folder."""
     proof: ProofSettings = ProofSettings()

@@ -1,0 +1,7 @@
+"""`python -m sparsmith`."""
+
+import sys
+
+from sparsmith.cli import main
+
+sys.exit(main())

@@ -1,0 +1,141 @@
+"""A YAML file and `key=value` overrides -> a `Recipe`, or all faults at once. Nothing else is read, loaded or written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_core import core_schema
+
+from sparsmith.errors import RecipeError, RecipeErrors, SparsmithError
+from sparsmith.recipe.checks import check
+from sparsmith.recipe.faults import report
+from sparsmith.recipe.overrides import apply_overrides
+from sparsmith.recipe.schema import Recipe
+from sparsmith.recipe.strict import StrictModel
+from sparsmith.recipe.yaml_tree import Tree, decode, dump_yaml, parse
+
+MethodConfigs = Mapping[str, type[StrictModel]]
+
+
+def load_recipe(
+    path: str | PathLike[str],
+    overrides: Iterable[str] = (),
+    method_configs: MethodConfigs | None = None,
+    check_paths: bool = True,
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: the YAML file. Paths inside are relative to its folder (`output`: to the working folder).
+        overrides: `key=value` settings; a list is entered by index (`methods.0.top_k=1`).
+        method_configs: method name -> settings class, `methods.registry.config_classes()`.
+        check_paths: False = do not look whether the files exist (a recipe from another machine).
+
+    Raises:
+        RecipeErrors: every fault, each with `file:line: key`, what was found and expected, and how to mend it.
+    """
+    file = Path(path)
+    try:
+        raw = file.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no path"
+        raise RecipeErrors(
+            [RecipeError(str(path), f"no readable file ({reason})", "a recipe in YAML", "Check the path.")]
+        ) from None
+    return load_text(decode_or_raise(raw, str(path)), str(path), overrides, method_configs, file.parent, check_paths)
+
+
+def load_text(
+    text: str,
+    name: str,
+    overrides: Iterable[str] = (),
+    method_configs: MethodConfigs | None = None,
+    base_dir: Path | None = None,
+    check_paths: bool = True,
+) -> Recipe:
+    """`load_recipe` for text that is not in a file; `name` stands for the file in messages."""
+    try:
+        tree = parse(text, name)
+    except RecipeError as error:
+        raise RecipeErrors([error]) from None
+    apply_overrides(tree, overrides)
+    recipe = _validated(tree, method_configs or {})
+    check(tree, base_dir or Path.cwd(), check_paths)
+    if tree.faults or recipe is None:
+        raise RecipeErrors(sorted(tree.faults, key=_by_line))
+    return recipe
+
+
+def decode_or_raise(raw: bytes, name: str) -> str:
+    try:
+        return decode(raw, name)
+    except RecipeError as error:
+        raise RecipeErrors([error]) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that loads back equal. Settings that are absent by default and still absent are left out."""
+    return dump_yaml(_plain(recipe))
+
+
+def json_schema(method_configs: MethodConfigs) -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors; `sparsmith/recipe/schema.json` holds it for the built-in methods."""
+    schema = _recipe_class(tuple(method_configs.items())).model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sparsmith recipe"}
+
+
+def _validated(tree: Tree, method_configs: MethodConfigs) -> Recipe | None:
+    if not isinstance(tree.data, dict):
+        found = "an empty file" if tree.data is None else "no settings"
+        tree.fault((), found, "a recipe: model, methods, data, train, output", "Write the settings as `key: value`.")
+        return None
+    model = _recipe_class(tuple(method_configs.items()))
+    try:
+        checked = model.model_validate_json(json.dumps(tree.data), strict=True)
+    except ValidationError as error:
+        report(tree, error.errors(), Recipe, method_configs)
+        return None
+    except SparsmithError as error:  # raised by a method's own validator
+        tree.fault(("methods",), error.found, error.expected, error.mend)
+        return None
+    return Recipe.model_construct(**{name: getattr(checked, name) for name in checked.model_fields_set})
+
+
+@lru_cache(maxsize=8)
+def _recipe_class(methods: tuple[tuple[str, type[StrictModel]], ...]) -> type[BaseModel]:
+    """`Recipe` with its `methods` typed by the given classes, chosen by the key `method`."""
+
+    class AnyMethod:
+        @classmethod
+        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+            choices = {name: handler.generate_schema(config) for name, config in methods}
+            return core_schema.tagged_union_schema(choices, discriminator="method")
+
+    entries = tuple[AnyMethod, ...]
+    inherited = Recipe.model_fields["methods"]
+    return create_model("RecipeOfMethods", __base__=Recipe, methods=(entries, inherited))
+
+
+def _plain(value: Any) -> Any:
+    """Settings -> dictionaries, lists and scalars, without fields that are None by default and in fact."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        pairs = ((name, getattr(value, name), field) for name, field in fields.items())
+        return {name: _plain(item) for name, item, field in pairs if item is not None or field.default is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _by_line(fault: RecipeError) -> tuple[str, int]:
+    name, _, rest = fault.where.partition(":")
+    line = rest.split(":")[0]
+    return name, int(line) if line.isdecimal() else 0

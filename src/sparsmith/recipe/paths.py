@@ -1,0 +1,59 @@
+"""What the paths of a recipe mean: a file or folder beside the recipe, a hub id, or the embedded base."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sparsmith.recipe.schema import Recipe
+
+EMBEDDED = "embedded"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".safetensors", ".yaml", ".yml")
+
+
+def exists(path: Path) -> bool:
+    """`Path.exists`, where a name that no file system takes is just absent."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def resolve(text: str, base_dir: Path) -> Path:
+    """The local path that the text means, relative to the recipe's folder; `~` is the home folder."""
+    path = Path(text)
+    if text.startswith("~"):
+        try:
+            path = path.expanduser()
+        except RuntimeError:  # `~nobody`
+            return base_dir / path
+    return base_dir / path
+
+
+def is_hub_id(text: str, base_dir: Path) -> bool:
+    """True for `owner/name` that is no local path: nothing stands there, nor is `owner` a folder here, nor does the name end like a
+    file's."""
+    if not _HUB_ID.match(text) or text.endswith(_FILE_ENDINGS):
+        return False
+    return not exists(resolve(text, base_dir)) and not exists(resolve(text.split("/")[0], base_dir))
+
+
+def absolute(text: str, base_dir: Path) -> str:
+    """The text with a local path made absolute; hub ids and `embedded` stay."""
+    if text == EMBEDDED or is_hub_id(text, base_dir):
+        return text
+    return str(resolve(text, base_dir).resolve())
+
+
+def with_absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
+    """The recipe as a run writes it down: readable from any folder."""
+
+    def moved(source):
+        return source.model_copy(update={"path": absolute(source.path, base_dir)})
+
+    data = recipe.data.model_copy(
+        update={"train": tuple(map(moved, recipe.data.train)), "eval": tuple(map(moved, recipe.data.eval))}
+    )
+    model = recipe.model.model_copy(update={"path": absolute(recipe.model.path, base_dir)})
+    return recipe.model_copy(update={"model": model, "data": data})
