@@ -20,6 +20,7 @@ _HOMES = {
     "verify": "sparsmith.app.use",
     "import_camelidae": "sparsmith.app.use",
     "demo": "sparsmith.app.demo",
+    "doctor": "sparsmith.app.facts",
 }
 
 __all__ = sorted(_HOMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+@dataclass
+class Baseline:
+    """What the base measured, filled by the first run that is given it; later runs on the same base and rows reuse it."""
+
+    result: Any = None
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
 def tune(
-    recipe: Recipe | str | Path, overrides: Sequence[str] = (), *, console: Console | None = None, label: str = ""
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console | None = None,
+    label: str = "",
+    baseline: Baseline | None = None,
 ) -> Path:
     """Run a recipe to its end and return the run's folder.
 
@@ -30,6 +44,7 @@ def tune(
         overrides: `key=value` settings for a path.
         console: where progress is drawn; default: the terminal's standard error.
         label: the run's name on the progress bar; default: its folder's name.
+        baseline: shared by runs of the same base on the same evaluation rows, so that the base is measured once.
 
     Raises:
         SparsmithError: bad recipe, data, base or setting; ProofError where something that must hold does not.
@@ -38,7 +53,7 @@ def tune(
         recipe = load_recipe(recipe, overrides)
     run = RunFolder(Path(recipe.output).absolute())
     resume = _open(run, recipe)
-    session = _Session(recipe, run, console, label or run.root.name)
+    session = _Session(recipe, run, console, label or run.root.name, baseline or Baseline())
     session.prepare()
     session.craft()
     session.train(resume)
@@ -82,10 +97,10 @@ def _last_checkpoint(run: RunFolder) -> str | None:
 class _Session:
     """One run: each step leaves its figures in the run's folder."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, console: Console | None, label: str) -> None:
+    def __init__(self, recipe: Recipe, run: RunFolder, console: Console | None, label: str, baseline: Baseline) -> None:
         from rich.console import Console
 
-        self.recipe, self.run, self.label = recipe, run, label
+        self.recipe, self.run, self.label, self.baseline = recipe, run, label, baseline
         self.console = console or Console(stderr=True)
         self.started = time.time()
         self.proof: dict[str, Any] = {}
@@ -128,8 +143,9 @@ class _Session:
 
         base = load_base(self.recipe.model)
         self._to_device(base)
-        self.before = self._evaluate(base)
-        self.samples_before = self._samples(base)
+        if self.baseline.result is None and self.data.eval:
+            self.baseline.result = self._evaluate(base)
+            self.baseline.samples = self._samples(base)
         proven = self.recipe.proof.enabled
         configs = list(self.recipe.methods)
         self.model = craft(base, configs, inplace=True, seed=self.recipe.train.seed, proof=proven)  # type: ignore[arg-type]
@@ -164,7 +180,7 @@ class _Session:
         bar = ProgressBar(self.label, lambda: tuner.health.words, self.console)
         tuner.add_callback(bar)
         if recipe.train.eval_every and self.data.eval:
-            recorder.write({"step": 0, **self._losses(self.before)})
+            recorder.write({"step": 0, **self._losses(self.baseline.result)})
             tuner.add_callback(Evaluation(self._measure, recorder.write, recipe.train.eval_every))
         begun = time.perf_counter()
         try:
@@ -186,8 +202,8 @@ class _Session:
         tables = self._load_tables()
         after = self._evaluate(self.model)
         if after is not None:
-            write_json(self.run.evaluation, {"base": self.before.to_json(), "tuned": after.to_json()})
-            write_json(self.run.samples, side_by_side(self.samples_before, self._samples(self.model)))
+            write_json(self.run.evaluation, {"base": self.baseline.result.to_json(), "tuned": after.to_json()})
+            write_json(self.run.samples, side_by_side(self.baseline.samples, self._samples(self.model)))
         if tables:
             write_json(self.run.tables, tables)
         save(self.model, self.run.model, tokenizer=self.tokenizer)

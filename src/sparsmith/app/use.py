@@ -56,15 +56,27 @@ def evaluate(
 
 
 def generate(
-    target: str | Path, prompt: str, *, max_new_tokens: int = 128, raw: bool = False, **options: Any
+    target: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 42,
+    raw: bool = False,
 ) -> Iterator[str]:
-    """The answer to a prompt, piece by piece. The run's template (or the chat template) is put around it unless `raw`."""
+    """The answer to a prompt, piece by piece; greedy at temperature 0. The run's template (or the chat template) is put around it
+    unless `raw`."""
+    from transformers import set_seed
+
     from sparsmith.data import render_prompt
     from sparsmith.inference import stream_text
 
     model, tokenizer, recipe = load_model(target)
     ids = render_prompt(prompt, tokenizer, None if raw or recipe is None else recipe.data.template, raw=raw)
-    yield from stream_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, **options)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    set_seed(seed)
+    yield from stream_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, **drawn)
 
 
 def export(target: str | Path, out: str | Path, **options: Any) -> Any:

@@ -45,5 +45,5 @@ def lora_parameters_of(parts: Sequence[tuple[Method, MethodConfig]], row: Anatom
     if settings is None:
         return 0
     wanted = target_names(row, settings)
-    sizes = [i + o for name, i, o, _ in shape.linears if name in wanted]
+    sizes = [i + o for name, (i, o) in shape.linears.items() if name.rsplit(".", 1)[-1] in wanted]
     return shape.layers * settings.r * sum(sizes)

@@ -42,7 +42,7 @@ def weight_bytes(shape: ModelShape, added: int, dtype: str, quant: str) -> int:
     width = BYTES[dtype]
     if quant == "none":
         return round(shape.total_params * width + added * 4)
-    linear = shape.layers * sum(i * o for _, i, o, _ in shape.linears)
+    linear = shape.layers * sum(i * o for i, o in shape.linears.values())
     return round(linear * NF4_BYTES + (shape.total_params - linear) * width + added * 4)
 
 

@@ -182,7 +182,7 @@ def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: i
 
     Training: the frozen weights are passed forward and once backward (to their inputs), trained ones twice backward.
     """
-    linear = shape.layers * sum(i * o for _, i, o, _ in shape.linears) + shape.vocab * shape.hidden
+    linear = shape.layers * sum(i * o for i, o in shape.linears.values()) + shape.vocab * shape.hidden
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)
