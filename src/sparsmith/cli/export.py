@@ -13,7 +13,6 @@ from sparsmith.cli.screen import SCREEN
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new folder.")],
-    delta: Annotated[bool, typer.Option("--delta", help="Only what was trained, to be put on the same base.")] = False,
     proof: Annotated[bool, typer.Option(help="Open the folder in a clean process and compare logits.")] = True,
     json: Json = False,
     debug: Debug = False,
@@ -22,4 +21,4 @@ def export(
     source, target = folder(run, "RUN"), new_path(out, "OUT")
     from sparsmith import app
 
-    SCREEN.show(app.export(source, target, delta=delta, proof=proof), "export")
+    SCREEN.show(app.export(source, target, proof=proof), "export")

@@ -35,16 +35,11 @@ def generate(
     text = sys.stdin.read().rstrip("\n") if prompt is None else prompt
     from sparsmith import app
 
-    answer = app.generate(
-        target,
-        text,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        raw=raw,
-        on_text=SCREEN.stream,
-    )
+    pieces = []
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "raw": raw}
+    for piece in app.generate(target, text, **settings):
+        SCREEN.stream(piece)
+        pieces.append(piece)
     SCREEN.stream("\n")
     if SCREEN.json:
-        SCREEN.show({"prompt": text, "text": answer})
+        SCREEN.show({"prompt": text, "text": "".join(pieces)})

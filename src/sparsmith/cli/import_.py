@@ -6,16 +6,10 @@ from typing import Annotated
 
 import typer
 
-from sparsmith.cli.options import Debug, Json, folder, new_path
+from sparsmith.cli.options import Debug, Json, folder, group, new_path
 from sparsmith.cli.screen import SCREEN
 
-app = typer.Typer(help="Published checkpoints become ours.", rich_markup_mode=None, add_completion=False)
-
-
-@app.callback(invoke_without_command=True)
-def _help(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        SCREEN.show(context.get_help(), "help")
+app = group("Published checkpoints become ours.")
 
 
 @app.command("camelidae")

@@ -1,16 +1,14 @@
-"""Arguments and flags that several verbs share, and the reading of a recipe."""
+"""Arguments and flags that several verbs share."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from sparsmith.cli.screen import SCREEN
 from sparsmith.errors import UsageError
-
-if TYPE_CHECKING:
-    from sparsmith.recipe.schema import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of a fault.")]
@@ -21,14 +19,6 @@ Overrides = Annotated[
 Target = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, or a model: folder, hub id, `embedded`.")
 ]
-
-
-def read_recipe(path: str, overrides: list[str] | None) -> tuple[Recipe, Path]:
-    """The validated recipe and the folder that its paths are relative to."""
-    from sparsmith.methods import registry
-    from sparsmith.recipe import load_recipe
-
-    return load_recipe(path, overrides or (), registry.config_classes()), Path(path).parent.resolve()
 
 
 def folder(text: str, flag: str) -> Path:
@@ -53,3 +43,15 @@ def new_path(text: str, flag: str) -> Path:
     if taken or not text:
         raise UsageError(flag, f"`{text}`", "a path that can be made", "Choose another path.")
     return path
+
+
+def group(about: str) -> typer.Typer:
+    """A verb that has verbs; alone it prints its help."""
+    app = typer.Typer(help=about, rich_markup_mode=None, add_completion=False)
+
+    @app.callback(invoke_without_command=True)
+    def _help(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            SCREEN.show(context.get_help(), "help")
+
+    return app

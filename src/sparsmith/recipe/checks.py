@@ -98,9 +98,9 @@ def _source_path(tree: Tree, keys: Keys, source: dict[str, Any], base_dir: Path)
     if not paths.exists(file):
         expected = f"a file or folder (looked at {file}), or a hub data set `owner/name`"
         tree.fault(keys_path, f"{show(text)}, which does not exist", expected, _neighbour(file))
-    if source.get("split") is not None:
+    elif source.get("split") is not None and not file.is_dir():
         found = f"{show(source['split'])}, which has no effect here"
-        tree.fault((*keys, "split"), found, "a hub data set as path", "Remove `split`.")
+        tree.fault((*keys, "split"), found, "a hub data set or a folder as path", "Remove `split`.")
 
 
 def _neighbour(path: Path) -> str:

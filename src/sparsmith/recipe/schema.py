@@ -63,7 +63,7 @@ class Source(StrictModel):
     `"{question}\\nOptions: {options}"`."""
     format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
     split: str | None = None
-    """Split of a hub data set."""
+    """Split of a hub data set; in a folder, the part of a file's name that picks the files."""
     limit: PositiveInt | None = None
     """Use the first `limit` rows of the seeded order."""
     where: dict[str, Any] = {}
