@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors", "bitsandbytes")
@@ -47,13 +48,13 @@ def doctor() -> dict[str, Any]:
 
 def command() -> str:
     """The command line, without the folder of the program."""
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])  # noqa: PTH119
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         return names[0] if names else platform.processor()
     except OSError:
         return platform.processor()

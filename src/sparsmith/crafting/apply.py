@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sparsmith import anatomy
 from sparsmith.crafting.compose import check_composition
 from sparsmith.crafting.lora import inject_lora, lora_parameters
 from sparsmith.crafting.lora_count import merged_settings
@@ -66,7 +67,7 @@ def craft(
         crafted = model
         for method, settings in record.parts:
             crafted = method.craft(crafted, settings, context)
-        lora = merged_settings(record.parts)
+        lora = merged_settings(record.parts, anatomy.shape_of(crafted.config))
         if lora is not None:
             inject_lora(crafted, lora, seed)
         attach(crafted, record)
@@ -93,7 +94,7 @@ def wanted_roles(model: nn.Module) -> tuple[str, ...]:
     """The roles that the configs ask for."""
     parts = record_of(model).parts
     roles = [role for method, config in parts for role in method.wanted_roles(config)]
-    if merged_settings(parts) is not None:
+    if merged_settings(parts, anatomy.shape_of(model.config)) is not None:
         roles.append("lora")
     return tuple(dict.fromkeys(roles))
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
 
 
-def merged_settings(parts: Sequence[tuple[Method, MethodConfig]]) -> LoraSettings | None:
+def merged_settings(parts: Sequence[tuple[Method, MethodConfig]], shape: ModelShape) -> LoraSettings | None:
     """The one LoRA of a composition: methods that ask for one must ask for the same."""
     asked = {
-        method.name: settings for method, config in parts if (settings := method.lora(config)) and settings.enabled
+        method.name: settings for method, config in parts if (settings := method.lora(config, shape)) and settings.enabled
     }
     if len(set(asked.values())) > 1:
         raise MethodError(
@@ -41,7 +41,7 @@ def target_names(row: Anatomy, settings: LoraSettings) -> tuple[str, ...]:
 
 def lora_parameters_of(parts: Sequence[tuple[Method, MethodConfig]], row: Anatomy, shape: ModelShape) -> int:
     """r * (in + out) for every targeted linear of every block; 0 without a LoRA."""
-    settings = merged_settings(parts)
+    settings = merged_settings(parts, shape)
     if settings is None:
         return 0
     wanted = target_names(row, settings)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from sparsmith.recipe.strict import StrictModel
 
@@ -28,9 +28,9 @@ class LoraSettings(StrictModel):
     """Low-rank adapters on the linears of attention and FFN, through PEFT."""
 
     enabled: bool = True
-    r: int = 64
-    alpha: int = 16
-    dropout: float = 0.1
+    r: Annotated[int, Field(gt=0)] = 64
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: str | tuple[str, ...] = "all-linear"
     """`all-linear` = the attention and FFN linears that the anatomy names; or a list of those names."""
 
@@ -176,13 +176,18 @@ class Method:
         """The tensors that a delta checkpoint must hold for this method (LoRA is kept apart, by PEFT)."""
         return {name: parameter.detach() for role in self.roles(model, config).values() for name, parameter in role}
 
+    def fold_scale(self, model: nn.Module, config: Any) -> Any:
+        """Multiply constant scales into the weights, in place, and return the config that holds from then on."""
+        return config
+
     def standalone_sources(self) -> tuple[str, ...]:
         """Dotted module names, lowest first, that a full checkpoint needs in its self-contained modelling file; empty where the
         settled model is a stock architecture."""
         return ()
 
-    def lora(self, config: Any) -> LoraSettings | None:
-        """The LoRA that crafting must inject after every method has grafted its modules, or None."""
+    def lora(self, config: Any, shape: ModelShape | None = None) -> LoraSettings | None:
+        """The LoRA that crafting must inject after every method has grafted its modules, or None. Its size may depend on the model's
+        shape."""
         return None
 
 
