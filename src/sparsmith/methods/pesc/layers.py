@@ -1,0 +1,321 @@
+"""The modules that PESC puts into a model: a router and E adapters around each block's FFN.
+
+Paper: PESC (arXiv 2401.02731) Eq 7-10. Differs: see README.md. This file is part of full checkpoints, so it imports torch and the ops.
+
+Shapes: B rows, S tokens per row, T = B*S tokens, D hidden, E experts, K per token, R adapter dim, G domains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsmith.ops.adapter_experts import grouped_experts, grouped_supported, loop_experts, masked_experts
+from sparsmith.ops.balance import balance_loss, expert_counts, z_loss
+from sparsmith.ops.cost import choose_path
+from sparsmith.ops.routing import Routing, route_dense, route_hashed, route_learned
+
+
+@dataclass(frozen=True)
+class PescSettings:
+    """Everything that the modules need, resolved (no `auto` left but the path), as it stands in a checkpoint's config."""
+
+    num_experts: int
+    top_k: int
+    adapter_dim: int
+    adapter_scale: float
+    layers: tuple[int, ...]
+    activation: str = "gelu"
+    dropout: float = 0.0
+    router: str = "learned"
+    router_trainable: bool = True
+    router_input_norm: str = "none"
+    top1_gate: str = "straight_through"
+    path: str = "auto"
+    route_early: bool = False
+    balance_alpha: float = 0.01
+    balance_norm: str = "slots"
+    router_z_coef: float = 0.0
+    seed: int = 0
+    blocks: str = "model.layers"
+    """Dotted path of the blocks in the base."""
+    ffn: str = "mlp"
+    """Name of the FFN in a block."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PescSettings:
+        """Strict: an unknown or missing key is an error."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown keys in `pesc`: {sorted(unknown)}")
+        return cls(**{**values, "layers": tuple(values["layers"])})
+
+    def as_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"layers": list(self.layers)}
+
+
+@dataclass
+class RouteContext:
+    """What the routers of one model share during one forward, and what they have counted since the last reading.
+
+    One per model. `begin` opens a forward, `record` is called by every layer, `clear` closes it. A layer that is computed again
+    (gradient checkpointing) finds its entry and leaves it: the first forward's tensors carry the gradient.
+    """
+
+    mask: Tensor | None = None
+    """(T,) bool, False = padding"""
+    ids: Tensor | None = None
+    """(T,) token ids"""
+    positions: Tensor | None = None
+    """(T,)"""
+    domain: Tensor | None = None
+    """(T,) index of the token's domain, -1 = none"""
+    layers: dict[int, Routing] = field(default_factory=dict)
+    handed: Any = None
+    """(token_mask, ids, positions, domain) given for the next forward, shapes (B, S)."""
+    open: bool = False
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> (G+1, E) slots taken per domain since the last reading; the last row holds tokens of no domain"""
+    terms: dict[str, list[Tensor]] = field(default_factory=dict)
+    """name -> detached values since the last reading"""
+    domains: int = 0
+    """G, the highest domain index met + 1 (fixed by whoever hands batches)"""
+
+    def hand(self, mask: Tensor | None, ids: Tensor, positions: Tensor | None, domain: Tensor | None) -> None:
+        """Give the next forwards over `ids` their mask, positions and domains, (B, S) each."""
+        self.handed = (mask, ids, positions, domain)
+
+    def begin(
+        self, ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int
+    ) -> None:
+        """Open a forward over (B, S) = `shape` tokens of which `past` come before in a cache."""
+        self.layers, self.open, self.domain = {}, True, None
+        if self.handed is not None and tuple(self.handed[1].shape) == shape and past == 0:
+            mask, ids, handed_positions, domain = self.handed
+            positions = handed_positions if handed_positions is not None else positions
+            self.domain = None if domain is None else domain.reshape(-1)
+        if mask is not None:
+            if mask.dim() == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
+                mask = mask.bool()
+            else:
+                mask = None
+        if positions is None or positions.dim() != 2:
+            positions = _positions(mask, shape, past, ids)
+        self.mask = None if mask is None else mask[:, -shape[1] :].reshape(-1)
+        self.ids = None if ids is None else ids.reshape(-1)
+        self.positions = positions.expand(shape).reshape(-1)
+
+    def record(self, layer: int, routing: Routing, num_experts: int, count: bool) -> None:
+        """Keep a layer's decision; count its load where asked. A layer that is already there is left."""
+        if not self.open or layer in self.layers:
+            return
+        self.layers[layer] = routing
+        if count:
+            self._count(layer, routing.indices, num_experts)
+
+    @torch.no_grad()
+    def _count(self, layer: int, indices_TK: Tensor, num_experts: int) -> None:
+        if self.domain is None or not self.domains:
+            rows = expert_counts(indices_TK, num_experts, self.mask)[None]
+        else:
+            group_TG = self.domain.to(indices_TK.device)[:, None] == torch.arange(
+                self.domains, device=indices_TK.device
+            )
+            group_TG = torch.cat([group_TG, ~group_TG.any(dim=1, keepdim=True)], dim=1).to(torch.float32)
+            if self.mask is not None:
+                group_TG = group_TG * self.mask[:, None]
+            taken_TE = torch.zeros(indices_TK.shape[0], num_experts, device=indices_TK.device).scatter(
+                1, indices_TK, 1.0
+            )
+            rows = group_TG.t() @ taken_TE
+        known = self.counts.get(layer)
+        if known is not None and known.shape == rows.shape:
+            known += rows
+        else:
+            if known is not None:
+                rows[-1] += known.sum(dim=0)
+            self.counts[layer] = rows
+
+    def losses(self, settings: PescSettings) -> dict[str, Tensor]:
+        """`balance` and `router_z` of the forward that has just run, each the mean over layers; nothing without router logits."""
+        routed = [r for r in self.layers.values() if r.logits is not None]
+        if not routed:
+            return {}
+        device = routed[0].logits.device  # type: ignore[union-attr]
+
+        def mean(values: list[Tensor]) -> Tensor:
+            return torch.stack([value.to(device) for value in values]).mean()
+
+        masks = [None if self.mask is None else self.mask.to(r.indices.device) for r in routed]
+        return {
+            "balance": mean(
+                [balance_loss(r.logits, r.indices, m, norm=settings.balance_norm) for r, m in zip(routed, masks)]
+            ),
+            "router_z": mean([z_loss(r.logits, m) for r, m in zip(routed, masks)]),
+        }
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Keep a figure (on its device) for the next reading."""
+        self.terms.setdefault(name, []).append(value.detach())
+
+    def clear(self) -> None:
+        """Drop what belongs to one forward. Counts stay until they are read."""
+        self.layers, self.handed, self.open = {}, None, False
+        self.mask = self.ids = self.positions = self.domain = None
+
+    def reset_window(self) -> None:
+        self.counts, self.terms = {}, {}
+
+
+def _positions(mask: Tensor | None, shape: tuple[int, int], past: int, ids: Tensor | None) -> Tensor:
+    """(B, S) or (1, S): the place of each token, padding on the left not counted."""
+    if mask is not None and mask.shape[1] == shape[1] + past:
+        return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
+    device = ids.device if ids is not None else (mask.device if mask is not None else None)
+    return torch.arange(past, past + shape[1], device=device)[None]
+
+
+class Router(nn.Module):
+    """z = x W^T in float32, autocast off. A bare parameter, so that LoRA and quantisation tools cannot touch it."""
+
+    def __init__(self, num_experts: int, hidden: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Uniform in +-1/sqrt(d)."""
+        _uniform(self.weight, generator)
+
+    def forward(self, x_TD: Tensor, input_norm: str = "none") -> Tensor:
+        """(T, E) logits, float32 (float64 for float64 input)."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD.to(dtype)
+            if input_norm == "rms":
+                x_TD = x_TD * torch.rsqrt(x_TD.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
+            return x_TD @ self.weight.to(dtype).t()
+
+
+class PescAdapters(nn.Module):
+    """The stacked adapters and the router of one block. U = 0 at the start, so the block computes what it did before."""
+
+    def __init__(self, settings: PescSettings, hidden: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        experts, dim = settings.num_experts, settings.adapter_dim
+        self.settings = settings
+        self.down = nn.Parameter(torch.empty(experts, dim, hidden, dtype=torch.float32, device=device))
+        self.up = nn.Parameter(torch.empty(experts, hidden, dim, dtype=torch.float32, device=device))
+        if settings.router == "learned":
+            self.router = Router(experts, hidden, device)
+            self.router.weight.requires_grad_(settings.router_trainable)
+        else:
+            self.router = None
+
+    @torch.no_grad()
+    def reset(self, layer: int) -> None:
+        """Fresh weights from the stream of (seed, layer): D and W_r uniform in +-1/sqrt(d), U zero."""
+        if self.down.is_meta:
+            return
+        generator = torch.Generator().manual_seed((self.settings.seed + 0x9E3779B1 * (layer + 1)) % 2**63)
+        _uniform(self.down, generator)
+        self.up.zero_()
+        if self.router is not None:
+            self.router.reset(generator)
+
+    def path_for(self, h_TD: Tensor) -> str:
+        """The compute path for this many tokens on this device."""
+        wanted = self.settings.path
+        if wanted != "auto":
+            return wanted
+        experts, dim, hidden = self.down.shape
+        if not grouped_supported(hidden, dim):
+            return "masked"
+        if self.training and self.settings.dropout > 0:
+            return "grouped"
+        return choose_path(
+            h_TD.device.type,
+            tokens=h_TD.shape[0],
+            num_experts=experts,
+            k=experts if self.settings.router == "dense" else self.settings.top_k,
+            adapter_dim=dim,
+            hidden=hidden,
+            width=h_TD.element_size(),
+        )
+
+    def forward(self, h_TD: Tensor, routing: Routing) -> Tensor:
+        """y = h + s * sum_i g_i U_i act(D_i h), in h's number type; weights are cast from their float32 masters."""
+        settings = self.settings
+        path = self.path_for(h_TD)
+        dropout = settings.dropout if self.training else 0.0
+        with torch.autocast(h_TD.device.type, enabled=False):
+            down, up = self.down.to(h_TD.dtype), self.up.to(h_TD.dtype)
+            gates_TK = routing.gates * settings.adapter_scale
+            if path == "masked":
+                return masked_experts(h_TD, down, up, routing.indices, gates_TK, activation=settings.activation)
+            compute = grouped_experts if path == "grouped" else loop_experts
+            return compute(h_TD, down, up, routing.indices, gates_TK, activation=settings.activation, dropout=dropout)
+
+
+@torch.no_grad()
+def _uniform(weight: Tensor, generator: torch.Generator | None) -> None:
+    """Uniform in +-1/sqrt(last dimension), drawn on the CPU so that every device starts alike."""
+    if weight.is_meta:
+        return
+    bound = 1 / math.sqrt(weight.shape[-1])
+    weight.copy_(torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+
+
+class PescFFN(nn.Module):
+    """Takes the place of a block's FFN: the original as `ffn`, computed once, and `pesc` beside it."""
+
+    def __init__(self, ffn: nn.Module, settings: PescSettings, layer: int, hidden: int, context: RouteContext) -> None:
+        super().__init__()
+        weight = next(ffn.parameters(), None)
+        self.ffn = ffn
+        self.pesc = PescAdapters(settings, hidden, None if weight is None else weight.device)
+        self.layer = layer
+        self.context = context
+        self.pesc.reset(layer)
+
+    def route(self, x_TD: Tensor) -> Routing:
+        """Experts and gates of each token, and their entry in the context."""
+        settings, context = self.pesc.settings, self.context
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        if self.pesc.router is not None:
+            logits_TE = self.pesc.router(x_TD, settings.router_input_norm)
+            routing = route_learned(
+                logits_TE, settings.top_k, straight_through=settings.top1_gate == "straight_through"
+            )
+        elif settings.router == "dense":
+            routing = route_dense(x_TD.shape[0], settings.num_experts, x_TD.device, dtype)
+        else:
+            hashed = settings.router == "hash"
+            keys_T = _keys(context, hashed, x_TD)
+            seed = 0 if hashed else settings.seed
+            routing = route_hashed(
+                keys_T, settings.top_k, settings.num_experts, seed=seed, layer=self.layer, dtype=dtype
+            )
+        context.record(self.layer, routing, settings.num_experts, self.training or context.handed is not None)
+        return routing
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        early = self.pesc.settings.route_early
+        routing = self.route(x_TD) if early else None
+        h = self.ffn(hidden_states, *args, **kwargs)
+        if routing is None:
+            routing = self.route(x_TD)
+        return self.pesc(h.reshape(x_TD.shape[0], -1), routing).view_as(h)
+
+
+def _keys(context: RouteContext, hashed: bool, x_TD: Tensor) -> Tensor:
+    keys_T = context.ids if hashed else context.positions
+    if keys_T is None or keys_T.shape[0] != x_TD.shape[0]:
+        need = "token ids: call the model with `input_ids`" if hashed else "positions: call the whole model"
+        raise ValueError(f"The {'hash' if hashed else 'random'} router needs {need}.")
+    return keys_T.to(x_TD.device)
