@@ -29,7 +29,12 @@ def table_text() -> str:
 
 def _group(name: str, group: dict[str, Any]) -> str:
     about = " ".join(group.get("description", "").split())
-    lines = [f"\n## {name}\n", f"{about}\n", "| key | kind | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"\n## {name}\n",
+        *([f"{about}\n"] if about else []),
+        "| key | kind | default | meaning |",
+        "|---|---|---|---|",
+    ]
     required = group.get("required", [])
     for key, field in group.get("properties", {}).items():
         default = "required" if key in required else f"`{json.dumps(field.get('default'))}`"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from sparsmith.recipe.strict import StrictModel
+from sparsmith.recipe.strict import Clash, StrictModel
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,10 @@ class LoraSettings(StrictModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: str | tuple[str, ...] = "all-linear"
     """`all-linear` = the attention and FFN linears that the anatomy names; or a list of those names."""
+
+    def clashes(self) -> Iterable[Clash]:
+        if not self.enabled:
+            yield from self.without_effect(["r", "alpha", "dropout", "targets"], "enabled: true")
 
 
 class MethodConfig(StrictModel):
