@@ -1,0 +1,36 @@
+"""Instruction data: files of many formats -> messages -> tokens and masks -> one seeded stream of rows.
+
+The way of a row: `files` (bytes, gzip, fingerprints) -> `read_json` / `read_table` / `hub` (rows with file and line) ->
+`columns` and `messages` (what the row says, or why it is bad) -> `tokens` / `chat` (ids, and which of them are trained) ->
+`prepare` (parallel, cached) -> `mixture` (order) -> `load` (the data set) -> `collate` (packed tensors).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsmith.data.collate import Collator
+    from sparsmith.data.evalsets import EvalRow, EvalSet
+    from sparsmith.data.load import LoadedData, load_data
+    from sparsmith.data.sources import RowSet, read_rows
+
+_HOMES = {
+    "Collator": "collate",
+    "EvalRow": "evalsets",
+    "EvalSet": "evalsets",
+    "LoadedData": "load",
+    "load_data": "load",
+    "RowSet": "sources",
+    "read_rows": "sources",
+}
+
+__all__ = ["Collator", "EvalRow", "EvalSet", "LoadedData", "RowSet", "load_data", "read_rows"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _HOMES:
+        return getattr(import_module(f"sparsmith.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

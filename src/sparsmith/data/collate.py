@@ -1,0 +1,109 @@
+"""Rows -> tensors, packed or padded.
+
+Packing happens here, inside a batch, and not in the data set: a batch always consumes its number of rows of the stream, packed or not,
+so runs with packing on and off see the same rows at every step, and a resume counts rows. The rows of a batch are put into as few
+sequences of at most `max_length` tokens as best fit finds; the tensor is as wide as the fullest of them.
+
+Rows of one sequence must not see each other. transformers builds the block-diagonal mask from `position_ids` that start anew with
+each row, under two conditions: no `attention_mask` is passed, and `use_cache=False` is (a cache switches the detection off in
+silence). This holds for llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, olmo2, phi3, gpt_neox and gpt2, with sdpa and eager;
+a test compares every family with unpacked rows. `attention="blocks"` writes the mask out, (B, 1, S, S) bool, for models
+without that detection.
+
+Shapes: B sequences, S tokens (a multiple of 8), R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAD_TO = 8
+IGNORE = -100
+
+
+class Collator:
+    """Makes a batch of rows.
+
+    Args:
+        pad_id: token id written at padding (any valid id: padding is never seen nor trained).
+        packing: put several rows into one sequence.
+        max_length: most tokens of a packed sequence; absent = the longest row of the batch.
+        attention: `positions` (packed: no attention_mask at all) or `blocks` (packed: an explicit block-diagonal causal mask).
+
+    Returns (by call): input_ids, labels (-100 = not trained), position_ids, domain (-1 = padding), all (B, S) int64;
+        token_mask (B, S) bool, False = padding; sample_ids (R,) int64 in the order of the stream; attention_mask (B, S) int64 where not packed.
+    """
+
+    def __init__(
+        self, pad_id: int, packing: bool = True, max_length: int | None = None, attention: str = "positions"
+    ) -> None:
+        if attention not in ("positions", "blocks"):
+            raise ValueError(f"attention is {attention!r}; positions or blocks")
+        self.pad_id, self.packing, self.max_length, self.attention = pad_id, packing, max_length, attention
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        bins = pack(lengths, self.max_length) if self.packing else [[index] for index in range(len(rows))]
+        width = max(sum(lengths[index] for index in one) for one in bins)
+        width = -(-width // PAD_TO) * PAD_TO
+        shape = (len(bins), width)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_id),
+            "labels": torch.full(shape, IGNORE),
+            "position_ids": torch.zeros(shape, dtype=torch.int64),
+            "domain": torch.full(shape, -1),
+            "token_mask": torch.zeros(shape, dtype=torch.bool),
+        }
+        row_of = torch.full(shape, -1)
+        for number, members in enumerate(bins):
+            start = 0
+            for index in members:
+                stop = start + lengths[index]
+                _write(batch, number, start, stop, rows[index])
+                row_of[number, start:stop] = index
+                start = stop
+            batch["position_ids"][number, start:] = torch.arange(width - start)
+        batch["sample_ids"] = torch.tensor([int(row["sample_ids"]) for row in rows])
+        if not self.packing:
+            batch["attention_mask"] = batch["token_mask"].long()
+        elif self.attention == "blocks":
+            batch["attention_mask"] = block_mask(row_of)
+        return batch
+
+
+def _write(batch: dict[str, Tensor], number: int, start: int, stop: int, row: dict[str, Any]) -> None:
+    for name in ("input_ids", "labels", "domain"):
+        batch[name][number, start:stop] = torch.as_tensor(row[name])
+    batch["labels"][number, start] = IGNORE  # the first token follows nothing of its own row
+    batch["position_ids"][number, start:stop] = torch.arange(stop - start)
+    batch["token_mask"][number, start:stop] = True
+
+
+def pack(lengths: Sequence[int], max_length: int | None = None) -> list[list[int]]:
+    """Row numbers by sequence: best fit, longest first; ties in the order of the rows, which also orders each sequence.
+
+    A row longer than `max_length` gets a sequence of its own.
+    """
+    limit = max(max_length or 0, max(lengths, default=0))
+    room: list[int] = []
+    bins: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        fitting = [number for number, free in enumerate(room) if free >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda number: (room[number], number))
+            bins[best].append(index)
+            room[best] -= lengths[index]
+        else:
+            bins.append([index])
+            room.append(limit - lengths[index])
+    return sorted(sorted(members) for members in bins)
+
+
+def block_mask(row_of: Tensor) -> Tensor:
+    """(B, 1, S, S) bool, True = may be seen: the same row, not later. Padding sees padding, so that no query is empty."""
+    same = row_of[:, None, :, None] == row_of[:, None, None, :]
+    return same & torch.ones(row_of.shape[1], row_of.shape[1], dtype=torch.bool, device=row_of.device).tril()

@@ -1,0 +1,157 @@
+"""Rows that are held out: as text for generation, as tokens for the loss, with their options for rank classification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsmith.data.messages import Messages
+from sparsmith.data.prepare import encode_rows, read_counts
+from sparsmith.data.rows import Reject, RowFault
+from sparsmith.data.sources import Example, read_rows
+from sparsmith.data.tokens import TokenRow
+from sparsmith.errors import DataError
+from sparsmith.recipe.schema import DataSettings, EvalSource
+
+LIMIT_SEED = 0
+"""`limit` of an eval source takes the same rows whatever the run's seed, so that runs can be compared row by row."""
+
+
+@dataclass(frozen=True)
+class OptionRow:
+    """One option after the prompt. `labels` are -100 outside the option."""
+
+    text: str
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """A held-out row."""
+
+    place: str
+    """`file:line`"""
+    prompt: str
+    """What stands before the last answer, rendered, without bos."""
+    prompt_ids: list[int]
+    """The same as ids with the bos: what `generate` starts from."""
+    completion: str
+    """The last answer, the reference."""
+    input_ids: list[int]
+    labels: list[int]
+    """-100 = not trained; not shifted."""
+    options: tuple[str, ...] | None = None
+    option_rows: tuple[OptionRow, ...] = ()
+    """Options as tokens, without the eos: a sum of log-likelihoods over `labels` is the option's score."""
+    answer_index: int | None = None
+    """Which option is the reference."""
+
+
+@dataclass
+class EvalSet:
+    """The rows of an eval source."""
+
+    name: str
+    domain: str
+    domain_index: int
+    source: EvalSource
+    rows: list[EvalRow]
+    counts: dict[str, Any]
+    rejects: list[Reject]
+    fingerprints: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch_rows(self) -> list[dict[str, Any]]:
+        """The rows as the collator takes them; `sample_ids` are their numbers."""
+        return [
+            {
+                "input_ids": row.input_ids,
+                "labels": row.labels,
+                "domain": [self.domain_index] * len(row.input_ids),
+                "sample_ids": index,
+            }
+            for index, row in enumerate(self.rows)
+        ]
+
+
+def load_eval(source: EvalSource, domain_index: int, settings: DataSettings, encoder: Any, base_dir: Path) -> EvalSet:
+    """Read and encode an eval source. Rows that cannot be held in `max_length` are left out and counted."""
+    rows = read_rows(source, settings.on_bad_row, base_dir, LIMIT_SEED)
+    stop = (source.on_bad_row or settings.on_bad_row) == "stop"
+    encoded = encode_rows(rows.rows, rows.rejects, encoder, settings, stop)
+    counts = read_counts(rows) | {"domain": source.domain, "over_long": 0, "truncated": 0, "all_masked": 0}
+    kept: list[EvalRow] = []
+    for example, tokens in encoded:
+        row, reason = _fit(example, tokens, settings)
+        if reason:
+            counts[reason] += 1
+        if row is not None:
+            kept.append(_eval_row(example, row, encoder))
+    if not kept:
+        raise DataError(
+            source.path, f"no row left: {counts}", "a row that can be evaluated", "Check data.max_length and `columns`."
+        )
+    counts |= {
+        "kept": len(kept),
+        "tokens": sum(len(row.input_ids) for row in kept),
+        "trained_tokens": sum(label >= 0 for row in kept for label in row.labels),
+    }
+    return EvalSet(source.name, source.domain, domain_index, source, kept, counts, rows.rejects, rows.fingerprints)
+
+
+def _fit(example: Example, row: TokenRow, settings: DataSettings) -> tuple[TokenRow | None, str]:
+    """(the row as it is used, the count that it falls under)."""
+    reason = ""
+    if len(row.ids) > settings.max_length:
+        if settings.over_long == "stop":
+            where = f"{example.file}:{example.line}"
+            raise DataError(
+                where,
+                f"a row of {len(row.ids)} tokens",
+                f"at most {settings.max_length}",
+                "Raise data.max_length, or set data.over_long.",
+            )
+        if settings.over_long == "drop":
+            return None, "over_long"
+        row, reason = TokenRow(row.ids[: settings.max_length], row.trained[: settings.max_length]), "truncated"
+    return (row, reason) if any(row.trained) else (None, "all_masked")
+
+
+def _eval_row(example: Example, row: TokenRow, encoder: Any) -> EvalRow:
+    messages = example.messages
+    text_alone = messages[0]["role"] == "text"
+    prompt_ids = [] if text_alone else encoder.prompt_ids(messages)
+    completion = messages[-1]["content"]
+    options = example.options or ()
+    return EvalRow(
+        place=f"{example.file}:{example.line}",
+        prompt="" if text_alone else encoder.prompt_text(messages),
+        prompt_ids=prompt_ids,
+        completion=completion,
+        input_ids=row.ids,
+        labels=labels_of(row),
+        options=example.options,
+        option_rows=tuple(_option_row(messages, option, prompt_ids, encoder) for option in options),
+        answer_index=options.index(completion) if completion in options else None,
+    )
+
+
+def labels_of(row: TokenRow) -> list[int]:
+    """-100 where a token is not trained."""
+    return [token if trained else -100 for token, trained in zip(row.ids, row.trained)]
+
+
+def _option_row(messages: Messages, option: str, prompt_ids: list[int], encoder: Any) -> OptionRow:
+    """The conversation with `option` as its last answer, up to the end of the option's text."""
+    row = encoder.encode([[*messages[:-1], {"role": "assistant", "content": option}]])[0]
+    if isinstance(row, RowFault):
+        raise row.at("options", 0)
+    head = len(prompt_ids)
+    stop = max(place for place, trained in enumerate(row.trained) if trained)
+    ids = row.ids[:stop] if stop > head else row.ids
+    labels = [-100 if place < head else token for place, token in enumerate(ids)]
+    return OptionRow(option, ids, labels)

@@ -1,0 +1,167 @@
+"""The one call that turns the recipe's `data` into data sets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsmith.data import cache, mixture
+from sparsmith.data.chat import make_encoder
+from sparsmith.data.collate import Collator
+from sparsmith.data.evalsets import EvalSet, load_eval
+from sparsmith.data.prepare import TokenSet, prepare
+from sparsmith.data.rows import Reject
+from sparsmith.errors import RecipeError
+from sparsmith.recipe.schema import DataSettings
+
+
+class TrainRows(torch.utils.data.Dataset):
+    """The training stream, map-style: row i is a function of i alone, so a resume starts at any index.
+
+    An item holds input_ids, labels (-100 = not trained), position_ids and domain (int64 tensors of one length) and `sample_ids`, the
+    number of the row among all kept training rows (`LoadedData.place` gives its file and line).
+    """
+
+    def __init__(self, sets: Sequence[TokenSet], domains: Sequence[int], source: np.ndarray, row: np.ndarray) -> None:
+        self.sets, self.domains, self.source, self.row_of = list(sets), list(domains), source, row
+        self.starts = np.concatenate([[0], np.cumsum([len(one) for one in sets])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, row = int(self.source[index]), int(self.row_of[index])
+        ids, trained = self.sets[number].row(row)
+        input_ids = torch.from_numpy(ids.astype(np.int64))
+        return {
+            "input_ids": input_ids,
+            "labels": torch.where(torch.from_numpy(trained.copy()), input_ids, -100),
+            "position_ids": torch.arange(len(input_ids)),
+            "domain": torch.full_like(input_ids, self.domains[number]),
+            "sample_ids": int(self.starts[number]) + row,
+        }
+
+    def sample_id(self, index: int) -> int:
+        """The sample id at a place of the stream, without its tokens."""
+        return int(self.starts[self.source[index]] + self.row_of[index])
+
+
+@dataclass
+class LoadedData:
+    """Everything that a run needs of its data."""
+
+    train: TrainRows
+    eval: dict[str, EvalSet]
+    domains: list[str]
+    """In the order of their first naming: training sources, then eval sources."""
+    counts: dict[str, dict[str, dict[str, Any]]]
+    """`train` and `eval` -> source -> read, rejected, filtered, limited, over_long, truncated, all_masked, kept,
+    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture. read = rejected + filtered + limited + over_long + all_masked + kept."""
+    fingerprints: dict[str, str]
+    """File -> sha256."""
+    rejects: dict[str, list[Reject]]
+    """Bad rows by source; those of an eval source under `eval.<name>`."""
+    encoder: Any
+    settings: DataSettings
+    epoch_rows: int
+    """Rows of one epoch."""
+
+    def collator(self, packing: bool | None = None, attention: str = "positions") -> Collator:
+        """The collator that the recipe asks for."""
+        packing = self.settings.packing if packing is None else packing
+        return Collator(pad_id_of(self.encoder.tokenizer), packing, self.settings.max_length, attention)
+
+    def place(self, sample_id: int) -> str:
+        """`file:line` of a training row."""
+        number = int(np.searchsorted(self.train.starts, sample_id, side="right")) - 1
+        return self.train.sets[number].place(sample_id - int(self.train.starts[number]))
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The pad token, else eos, else 0: padding is never seen nor trained."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def load_data(
+    settings: DataSettings,
+    tokenizer: Any,
+    *,
+    seed: int,
+    base_dir: Path | str,
+    rows_needed: int | None = None,
+    epochs: float = 1.0,
+    rejects_dir: Path | str | None = None,
+) -> LoadedData:
+    """Read, encode and order the recipe's data.
+
+    Args:
+        seed: of the mixture, the order inside each source and the choice of `limit`. The stream of rows depends on it, the
+            sources' names, sizes and rates, and on nothing else.
+        base_dir: what relative paths start from (the recipe's folder).
+        rows_needed: length of the training stream; absent = `epochs` epochs.
+        rejects_dir: where `on_bad_row: skip` writes `<source>.jsonl`; absent = they are only in `rejects`.
+
+    Raises:
+        DataError: a file or row that cannot be used. RecipeError: two sources with one name.
+    """
+    base_dir = Path(base_dir)
+    _refuse_twins(settings)
+    encoder = make_encoder(tokenizer, settings.template, settings.loss_on)
+    cache_dir = base_dir / Path(settings.cache).expanduser() if settings.cache else cache.default_dir()
+    domains = list(dict.fromkeys(source.domain for source in (*settings.train, *settings.eval)))
+    sets = [prepare(source, source.domain, settings, encoder, base_dir, seed, cache_dir) for source in settings.train]
+    held_out = {s.name: load_eval(s, domains.index(s.domain), settings, encoder, base_dir) for s in settings.eval}
+
+    parts = mixture.parts_of(settings.train, [len(one) for one in sets])
+    for one, share in zip(sets, mixture.shares(parts, settings.mixing)):
+        one.counts["share"] = float(share)
+    length = rows_needed if rows_needed is not None else max(1, round(epochs * mixture.epoch_rows(parts)))
+    source, row = mixture.stream(parts, settings.mixing, seed, length)
+    rejects = {one.name: one.rejects for one in sets if one.rejects}
+    rejects |= {f"eval.{one.name}": one.rejects for one in held_out.values() if one.rejects}
+    if rejects_dir is not None:
+        write_rejects(Path(rejects_dir), rejects)
+    return LoadedData(
+        train=TrainRows(sets, [domains.index(s.domain) for s in settings.train], source, row),
+        eval=held_out,
+        domains=domains,
+        counts={"train": {s.name: s.counts for s in sets}, "eval": {s.name: s.counts for s in held_out.values()}},
+        fingerprints=_merged([one.fingerprints for one in sets] + [one.fingerprints for one in held_out.values()]),
+        rejects=rejects,
+        encoder=encoder,
+        settings=settings,
+        epoch_rows=mixture.epoch_rows(parts),
+    )
+
+
+def _merged(maps: Sequence[dict[str, str]]) -> dict[str, str]:
+    return {key: value for one in maps for key, value in one.items()}
+
+
+def _refuse_twins(settings: DataSettings) -> None:
+    for group in ("train", "eval"):
+        names = [source.name for source in getattr(settings, group)]
+        for name in names:
+            if names.count(name) > 1:
+                raise RecipeError(
+                    f"data.{group}", f"the source name `{name}` twice", "distinct names", "Rename one of them."
+                )
+
+
+def write_rejects(folder: Path, rejects: dict[str, list[Reject]]) -> None:
+    """One jsonl file per source with bad rows: file, line, reason, raw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in rejects.items():
+        target = folder / (re.sub(r"[^\w.\-]", "_", name) + ".jsonl")
+        temporary = target.with_suffix(".part")
+        temporary.write_text(
+            "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
+        temporary.replace(target)
