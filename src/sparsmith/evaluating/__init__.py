@@ -1,0 +1,30 @@
+"""How good a model is: held-out loss, rank classification, exact match, each with its interval."""
+
+from __future__ import annotations
+
+from sparsmith.bootstrap import Figure, RowScores, paired_differences
+from sparsmith.evaluating.answers import extract, normalise
+from sparsmith.evaluating.evaluate import evaluate
+from sparsmith.evaluating.exact_match import exact_match, write_answers
+from sparsmith.evaluating.loss import heldout_loss
+from sparsmith.evaluating.rank import rank_classification
+from sparsmith.evaluating.result import EvalResult
+from sparsmith.evaluating.samples import sample_answers, side_by_side
+from sparsmith.evaluating.show import result_table
+
+__all__ = [
+    "EvalResult",
+    "Figure",
+    "RowScores",
+    "evaluate",
+    "exact_match",
+    "extract",
+    "heldout_loss",
+    "normalise",
+    "paired_differences",
+    "rank_classification",
+    "result_table",
+    "sample_answers",
+    "side_by_side",
+    "write_answers",
+]
