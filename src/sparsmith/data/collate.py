@@ -35,7 +35,8 @@ class Collator:
         attention: `positions` (packed: no attention_mask at all) or `blocks` (packed: an explicit block-diagonal causal mask).
 
     Returns (by call): input_ids, labels (-100 = not trained), position_ids, domain (-1 = padding), all (B, S) int64;
-        token_mask (B, S) bool, False = padding; sample_ids (R,) int64 in the order of the stream; attention_mask (B, S) int64 where not packed.
+        token_mask (B, S) bool, False = padding;
+        sample_ids (R,) int64 in the order of the stream; attention_mask (B, S) int64 where not packed.
     """
 
     def __init__(

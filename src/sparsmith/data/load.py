@@ -63,7 +63,9 @@ class LoadedData:
     """In the order of their first naming: training sources, then eval sources."""
     counts: dict[str, dict[str, dict[str, Any]]]
     """`train` and `eval` -> source -> read, rejected, filtered, limited, over_long, truncated, all_masked, kept,
-    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture. read = rejected + filtered + limited + over_long + all_masked + kept."""
+    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture.
+
+    read = rejected + filtered + limited + over_long + all_masked + kept."""
     fingerprints: dict[str, str]
     """File -> sha256."""
     rejects: dict[str, list[Reject]]

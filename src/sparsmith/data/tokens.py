@@ -151,7 +151,13 @@ def encode_plain(tokenizer: Any, texts: list[str], plain: bool = False) -> list[
     if not texts:
         return []
     more = {"split_special_tokens": True} if plain else {}
-    return tokenizer(texts, add_special_tokens=False, verbose=False, **more)["input_ids"]
+    options = {
+        "add_special_tokens": False,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+        "verbose": False,
+    }
+    return tokenizer(texts, **options, **more)["input_ids"]
 
 
 def encode_segments(tokenizer: Any, rows: list[list[Segment]], bos: int | None, eos: int) -> list[TokenRow | RowFault]:
@@ -205,7 +211,7 @@ def one_bos(ids: list[int], trained: list[bool], bos: int | None, eos: int | Non
         while start < len(ids) and ids[start] == bos:
             start += 1
         ids, trained = ids[start:], trained[start:]
-        if bos != eos:
+        if bos != eos and bos in ids:
             kept = [place for place, token in enumerate(ids) if token != bos]
             ids, trained = [ids[place] for place in kept], [trained[place] for place in kept]
         ids, trained = [bos, *ids], [False, *trained]
