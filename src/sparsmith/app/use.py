@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
     """(model, tokenizer, the run's recipe) of a run, a checkpoint of ours, or any folder or hub id of a causal LM."""
     from sparsmith.crafting.base_model import load_base, load_tokenizer
-    from sparsmith.crafting.checkpoint import is_checkpoint, load
+    from sparsmith.crafting.checkpoint import load
+    from sparsmith.crafting.identity import FILE
     from sparsmith.recipe.schema import ModelSettings
 
     if is_run(target):
@@ -26,7 +27,7 @@ def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
         if not run.model.is_dir():
             raise UsageError(str(target), "a run without a model", "a finished run", "Run `sparsmith tune` to its end.")
         return load(run.model), load_tokenizer(recipe.model), recipe
-    if is_checkpoint(target):
+    if (Path(target) / FILE).is_file():
         model = load(target)
         settings = ModelSettings(path=str(target))
         if not (Path(target) / "tokenizer_config.json").is_file():

@@ -39,9 +39,8 @@ def target_names(row: Anatomy, settings: LoraSettings) -> tuple[str, ...]:
     return wanted
 
 
-def lora_parameters_of(parts: Sequence[tuple[Method, MethodConfig]], row: Anatomy, shape: ModelShape) -> int:
+def lora_parameters_of(settings: LoraSettings | None, row: Anatomy, shape: ModelShape) -> int:
     """r * (in + out) for every targeted linear of every block; 0 without a LoRA."""
-    settings = merged_settings(parts, shape)
     if settings is None:
         return 0
     wanted = target_names(row, settings)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import ModelShape
+    from sparsmith.methods.base import LoraSettings
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 # NF4 with double quantisation: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 of those: 4 + 8/64 + 32/(64*256) bits
@@ -47,21 +48,26 @@ def weight_bytes(shape: ModelShape, added: int, dtype: str, quant: str) -> int:
 
 
 def activation_bytes(
-    shape: ModelShape, method_floats: int, *, tokens: int, width: float, trained_share: float, checkpointing: bool
+    shape: ModelShape, method_floats: int, *, tokens: int, width: float, lora: LoraSettings | None, checkpointing: bool
 ) -> int:
-    """Bytes kept for the backward of one micro-batch.
+    """Bytes kept for the backward of one micro-batch, with a fused attention (which keeps no score matrix).
 
-    Per block and token: the residual before and between the halves, two normed inputs, q, k, v and the attention's output, and of the
-    FFN three tensors of its width. Linears keep their input only where their own weights (or a LoRA on them) train. The head keeps
-    float32 logits, twice, for the tokens that carry a label; half of the tokens are taken to.
+    Per block and token, in the model's number type: the two normed inputs of the linears, q, k, v and the attention's output, four
+    tensors of the FFN's width, and of every LoRA its inner activation and, with dropout, its thinned input and mask; in float32: what the two norms keep (input and normed input).
+    The head keeps its input, and float32 log-probabilities for the tokens that carry a label; half of the tokens are taken to. With
+    checkpointing only the blocks' inputs stay, and one block at a time is computed again.
     """
-    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    per_block = 6 * shape.hidden + 2 * attention + 3 * shape.ffn_width
-    kept = shape.layers * per_block + method_floats
+    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    low_rank = lora.r * len(shape.linears) if lora else 0
+    if lora and lora.dropout > 0:
+        low_rank += 1.25 * sum(inputs for inputs, _ in shape.linears.values())
+    block = (2 * shape.hidden + attention + 4 * shape.ffn_width + low_rank) * width + 4 * shape.hidden * 4
+    method = method_floats * width
+    kept = shape.layers * block + method
     if checkpointing:
-        kept = shape.layers * shape.hidden + per_block + method_floats // max(shape.layers, 1)
-    head = 2 * 4 * shape.vocab * 0.5
-    return round(tokens * (kept * max(width, 2.0) * (0.75 + 0.5 * trained_share) + head))
+        kept = shape.layers * shape.hidden * width + block + method / max(shape.layers, 1)
+    head = shape.vocab * 4 * 0.5 + 2 * shape.hidden * width
+    return round(tokens * (kept + head))
 
 
 def optimizer_bytes(trained: int, optimizer: str) -> int:

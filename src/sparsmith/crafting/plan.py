@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsmith import anatomy
 from sparsmith.crafting.compose import check_composition
-from sparsmith.crafting.lora_count import lora_parameters_of
+from sparsmith.crafting.lora_count import lora_parameters_of, merged_settings
 from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, activation_bytes, optimizer_bytes, weight_bytes
 from sparsmith.errors import CheckpointError
 from sparsmith.methods import registry
@@ -116,7 +116,8 @@ def plan(
     row, shape = anatomy.of(hf_config), anatomy.shape_of(hf_config)
     pairs = [(registry.of(c), c) for c in configs]
     plans = [method.plan(c, row, shape) for method, c in pairs]
-    lora = lora_parameters_of(pairs, row, shape)
+    settings = merged_settings(pairs, shape)
+    lora = lora_parameters_of(settings, row, shape)
     trained: dict[str, int] = {}
     for part in plans:
         for role, count in part.trained.items():
@@ -132,7 +133,7 @@ def plan(
             sum(p.activation_floats for p in plans),
             tokens=round(micro_batch * max_length * share),
             width=2.0 if quant != "none" else BYTES[dtype],
-            trained_share=min(1.0, 3 * count / max(total, 1)),
+            lora=settings,
             checkpointing=gradient_checkpointing,
         )
         for case, share in LENGTH_SHARE.items()

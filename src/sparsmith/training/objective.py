@@ -123,17 +123,24 @@ class Objective(nn.Module):
         self._checked = self._checked or self.training
         return found
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Non-reentrant checkpointing only: with the reentrant form, routing terms would lose their gradient."""
-        settings = dict(gradient_checkpointing_kwargs or {})
+        settings = dict(activation_checkpointing_kwargs or {})
         if settings.setdefault("use_reentrant", False):
             raise ProofError(
                 "gradient checkpointing", "the reentrant form", "use_reentrant=False", "Leave `use_reentrant` out."
             )
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing_disable()
+    def activation_checkpointing_disable(self) -> None:
+        self.model.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Read by the Trainer when it sets DDP up."""
+        return bool(getattr(self.model, "is_activation_checkpointing", False))
 
 
 def _check_terms(method: str, terms: dict[str, Any], wanted: tuple[str, ...]) -> None:

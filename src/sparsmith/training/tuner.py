@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sparsmith.crafting.checkpoint import restore, save
+from sparsmith.crafting.checkpoint import save
+from sparsmith.crafting.delta import fill_delta
 from sparsmith.crafting.record import record_of
 from sparsmith.errors import ProofError
 from sparsmith.training.callbacks.health import Health
@@ -118,4 +119,4 @@ class Tuner(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Strictly, into the crafted model that is already built."""
-        restore(self.crafted, Path(resume_from_checkpoint) / MODEL_FOLDER)
+        fill_delta(self.crafted, Path(resume_from_checkpoint) / MODEL_FOLDER)

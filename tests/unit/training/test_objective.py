@@ -88,7 +88,7 @@ def test_tokens_of_no_domain_are_left_out(model):
 
 def test_reentrant_checkpointing_is_refused(model):
     with pytest.raises(ProofError, match="reentrant"):
-        Objective(model).gradient_checkpointing_enable({"use_reentrant": True})
+        Objective(model).activation_checkpointing_enable({"use_reentrant": True})
 
 
 def test_an_uncrafted_model_is_refused():
