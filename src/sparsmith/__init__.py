@@ -8,7 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from sparsmith import auto
+
 __version__ = "0.1.0"
+
+auto.install()  # transformers' Auto classes will know our architectures; imports nothing now
 
 _HOMES = {
     "craft": "sparsmith.crafting.apply",

@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,12 +105,16 @@ def durable_folder(path: str | Path, *, replace: bool = False, needed: int = 0) 
 def seal(folder: str | Path) -> None:
     """Flush every file of `folder` to the disk and write its manifest."""
     folder = Path(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)
     files = {}
     for name in files_of(folder):
-        files[name] = entry_of(folder / name)
+        if name == MANIFEST:
+            continue
+        files[name] = entry_of(inside(folder, name))
         _fsync(folder / name)
     (folder / MANIFEST).write_bytes(manifest_bytes(files))
+    usual = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
+    for name in files:  # safetensors writes files that nobody else may read
+        (folder / name).chmod(usual)
     _fsync(folder / MANIFEST)
     for sub in {folder, *(folder / name for name in files)}:
         _fsync(sub if sub.is_dir() else sub.parent)

@@ -128,18 +128,22 @@ def test_no_name_leaves_the_folder(tmp_path, name):
 
 
 def test_links_that_lead_out_are_refused_and_the_hub_cache_is_followed(tmp_path):
-    (tmp_path / "secret").write_text("x")
+    (tmp_path / "secret").write_text("words\n")
     folder = tmp_path / "hub" / "snapshots" / "rev"
     folder.mkdir(parents=True)
-    (folder / "link").symlink_to(tmp_path / "secret")
+    link = folder / "link"
+    link.write_text("words\n")
     durable.seal(folder)
-    with pytest.raises(CheckpointError, match="link"):
-        durable.verify_folder(folder)
-    (folder / "link").unlink()
+    link.unlink()
+    link.symlink_to(tmp_path / "secret")
+    for use in (durable.verify_folder, durable.seal):
+        with pytest.raises(CheckpointError, match="link"):
+            use(folder)
+    link.unlink()
     blobs = tmp_path / "hub" / "blobs"
     blobs.mkdir()
     (blobs / "abc").write_text("y")
-    (folder / "link").symlink_to(blobs / "abc")
+    link.symlink_to(blobs / "abc")
     durable.seal(folder)
     durable.verify_folder(folder)
 

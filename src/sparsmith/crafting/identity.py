@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sparsmith import durable
 from sparsmith.crafting.record import BaseRecord, CraftRecord
 from sparsmith.crafting.tensors import TensorRow
-from sparsmith.errors import CheckpointError, CheckpointMismatch, SparsmithError
+from sparsmith.errors import CheckpointError, CheckpointMismatch
 from sparsmith.methods import registry
 from sparsmith.methods.base import MethodConfig
 from sparsmith.recipe.strict import StrictModel
@@ -24,8 +24,8 @@ FILE = "sparsmith.json"
 FORMAT_VERSION = 1
 # of a model's config: what does not change its function, or differs between library versions
 _VOLATILE = frozenset(
-    ("transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
-    + ("quantization_config", "_attn_implementation", "attn_implementation", "auto_map")
+    {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
+    | {"quantization_config", "_attn_implementation", "attn_implementation", "auto_map"}
 )
 
 
@@ -35,7 +35,7 @@ class BaseIdentity(StrictModel):
     id: str
     """Folder or hub id as the user named it."""
     folder: str | None
-    """Absolute path of the folder that was read."""
+    """Delta: absolute path of the folder that was read."""
     revision: str | None
     quant: str
     dtype: str
@@ -108,7 +108,7 @@ def identify(
         configs=tuple(config.model_dump(mode="json") for config in record.configs),
         base=BaseIdentity(
             id=record.base.id,
-            folder=str(record.base.folder.absolute()) if record.base.folder else None,
+            folder=str(record.base.folder.absolute()) if record.base.folder and kind == "delta" else None,
             revision=record.base.revision,
             quant=record.base.quant,
             dtype=record.base.dtype,
@@ -206,13 +206,8 @@ def compare(where: str, found: Any, expected: Any, mend: str, path: str = "") ->
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         for index, (left, right) in enumerate(zip(found, expected, strict=True)):
             compare(where, left, right, mend, f"{path}.{index}")
-    elif found != expected or type(found) is not type(expected):
+    elif found != expected or isinstance(found, bool) != isinstance(expected, bool):
         raise CheckpointMismatch(f"{where}: {path}", _shown(found), _shown(expected), mend)
-
-
-def first_fault(faults: list[SparsmithError]) -> None:
-    if faults:
-        raise faults[0]
 
 
 class _Absent:

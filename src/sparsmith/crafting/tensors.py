@@ -1,4 +1,5 @@
-"""Tensors to and from safetensors files, strictly: no tensor is skipped, renamed, reshaped, recast or left as it was."""
+"""Tensors to and from safetensors files, strictly: no tensor is skipped, renamed, reshaped, recast or left as it
+was."""
 
 from __future__ import annotations
 

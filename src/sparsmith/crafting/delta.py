@@ -1,0 +1,156 @@
+"""The delta checkpoint: only what training changed, and the identity of the base that it belongs to.
+
+Three files: `sparsmith_delta.safetensors` (every method's `state`), PEFT's `adapter_model.safetensors` with
+`adapter_config.json` where there is a LoRA, and `sparsmith.json`. The header of the first repeats the settings of the
+last: some settings (scale, top-k, activation) change the function but no shape, and an edit of them must not pass.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sparsmith import durable
+from sparsmith.crafting import tensors as strict
+from sparsmith.crafting.identity import Identity, compare, identify, plain, read_identity, write_identity
+from sparsmith.crafting.lora import ADAPTER, lora_parameters
+from sparsmith.crafting.record import record_of
+from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "sparsmith_delta.safetensors"
+LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_HEADER = "sparsmith"
+_PEFT_PREFIX = "base_model.model."
+# of adapter_config.json: what differs between library versions or machines without changing the function
+_VOLATILE_LORA = frozenset(("peft_version", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping"))
+_EDITED = "One of the two was edited; restore the file, or take another checkpoint."
+
+
+def write_delta(model: PreTrainedModel, folder: Path) -> Identity:
+    """Write the files of a delta into `folder`, which is usually the temporary one of `durable.durable_folder`.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; nothing of that file is written then.
+    """
+    record = record_of(model)
+    state, lora = method_state(model), lora_state(model)
+    roles = _role_of(model)
+    table = strict.table_of(state, roles) | strict.table_of(lora, {}, "lora")
+    identity = identify(model, record, "delta", table, frozen_hash=frozen_hash(model, state))
+    strict.write_tensors(folder / WEIGHTS, state, {_HEADER: json.dumps(identity.core(), sort_keys=True)})
+    if lora:
+        strict.write_tensors(folder / LORA_WEIGHTS, lora, {})
+        (folder / LORA_CONFIG).write_text(durable.json_text(lora_settings(model)), encoding="utf-8")
+    write_identity(folder, identity)
+    return identity
+
+
+def read_delta_identity(folder: Path) -> Identity:
+    """`sparsmith.json`, held against the header of the weights, and then every file against the manifest.
+
+    In this order, so that an edited setting is told with both values and not as a mere difference of hashes.
+    """
+    identity = read_identity(folder)
+    if identity.kind != "delta":
+        raise CheckpointMismatch(f"{folder}: kind", identity.kind, "delta", "Open it with sparsmith.load.")
+    file = durable.inside(folder, WEIGHTS)
+    if not file.is_file():
+        raise CheckpointError(str(file), "no such file", "the trained tensors", "Take another checkpoint.")
+    header = strict.read_metadata(file).get(_HEADER, "")
+    written = durable.parse_json(header.encode(), f"{file}: header")
+    compare(f"{folder}/sparsmith.json", identity.core(), written, _EDITED)
+    return identity
+
+
+def fill_delta(model: PreTrainedModel, folder: Path, identity: Identity | None = None) -> None:
+    """Load the tensors of a delta into a model that was crafted in the same way, strictly.
+
+    Raises:
+        CheckpointMismatch: any difference in settings, base, names, shapes or number types.
+    """
+    if identity is None:
+        identity = read_delta_identity(folder)
+        durable.verify_folder(folder)
+    record = record_of(model)
+    ours = [plain(config.model_dump(mode="json")) for config in record.configs]
+    compare(f"{folder}: configs", plain(list(identity.configs)), ours, "Craft the model with the checkpoint's configs.")
+    state, lora = method_state(model), lora_state(model)
+    _check_lora_settings(model, folder, bool(lora))
+    found = strict.read_tensors(folder / WEIGHTS)
+    found_lora = strict.read_tensors(folder / LORA_WEIGHTS) if lora else {}
+    listed = {name: (row.shape, row.dtype) for name, row in identity.tensors.items()}
+    strict.compare_tables(f"{folder}/sparsmith.json", strict.shapes_of({**found, **found_lora}), listed)
+    strict.fill(f"{folder / WEIGHTS}", state, found)
+    strict.fill(f"{folder / LORA_WEIGHTS}", lora, found_lora)
+    _check_landed(model, found)
+
+
+def method_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that every method wants kept. Two methods that name the same tensor are a fault of theirs."""
+    result: dict[str, Tensor] = {}
+    for method, config in record_of(model).parts:
+        for name, tensor in method.state(model, config).items():
+            if name in result:
+                raise MethodError(f"{method.name}.state", f"`{name}` twice", "each tensor once", "Change `state`.")
+            result[name] = tensor
+    return result
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """LoRA tensors under the names that PEFT writes, so that PEFT alone can read the file where the class is a stock
+    one."""
+    return {
+        _PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".", 1): parameter.detach()
+        for name, parameter in lora_parameters(model)
+    }
+
+
+def lora_settings(model: nn.Module) -> dict[str, Any]:
+    """PEFT's adapter_config.json."""
+    data = model.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
+    data = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in data.items()}
+    return plain({**data, "base_model_name_or_path": record_of(model).base.id})
+
+
+def frozen_hash(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """sha256 over what the delta leaves out: the base as it lies in the crafted model, quantised where it is."""
+    lora = {name for name, _ in lora_parameters(model)}
+    rest = ((name, t) for name, t in model.state_dict().items() if name not in lora and name not in state)
+    return strict.content_hash((name, tensor) for name, tensor in rest if isinstance(tensor, Tensor))
+
+
+def _role_of(model: nn.Module) -> dict[str, str]:
+    record = record_of(model)
+    tables = [method.roles(model, config) for method, config in record.parts]
+    return {name: role for table in tables for role, rows in table.items() for name, _ in rows}
+
+
+def _check_lora_settings(model: nn.Module, folder: Path, wanted: bool) -> None:
+    file = durable.inside(folder, LORA_CONFIG)
+    if file.is_file() != wanted:
+        shown = ("no LoRA", "a LoRA")
+        raise CheckpointMismatch(str(file), shown[file.is_file()], shown[wanted], _EDITED)
+    if wanted:
+        found, ours = durable.read_json(file), lora_settings(model)
+        if not isinstance(found, dict):
+            raise CheckpointMismatch(str(file), type(found).__name__, "an object", _EDITED)
+        kept = [{k: v for k, v in side.items() if k not in _VOLATILE_LORA} for side in (found, ours)]
+        compare(str(file), kept[0], kept[1], "The LoRA of the file is not the one that its config asks for.")
+
+
+def _check_landed(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """A method whose `state` hands out copies would load into nowhere: seen here."""
+    for name, tensor in method_state(model).items():
+        if not tensor.detach().to("cpu").equal(found[name]):
+            raise MethodError(
+                name,
+                "a tensor that did not take the loaded values",
+                "`state` to hand out the model's own tensors",
+                "Do not copy in `state`.",
+            )

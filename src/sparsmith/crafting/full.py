@@ -1,0 +1,171 @@
+"""The full checkpoint: a Hugging Face folder that holds everything.
+
+Where the settled model is a stock class it is a stock folder. Where it is not, the folder has a model type of its own,
+so that a plain loader refuses it instead of dropping the experts in silence, and brings its model code in one file that
+needs torch and transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from sparsmith import auto, durable
+from sparsmith.crafting import tensors as strict
+from sparsmith.crafting.identity import Identity, compare, identify, our_version, write_identity
+from sparsmith.crafting.record import CraftRecord, attach, record_of
+from sparsmith.crafting.settle import mark_settled
+from sparsmith.crafting.standalone import inline
+from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG = "config.json"
+_EDITED = "config.json or sparsmith.json was edited; restore the file, or take another checkpoint."
+
+
+def write_full(
+    model: PreTrainedModel, folder: Path, *, fold_scale: bool = False, dtype: torch.dtype | None = None
+) -> Identity:
+    """Write a settled model into `folder` (usually the temporary one of `durable.durable_folder`).
+
+    Args:
+        model: settled; left untouched.
+        folder: an existing folder.
+        fold_scale: multiply constant scales into the weights (in a copy).
+        dtype: number type of the base's weights in the files; what the methods added keeps its own.
+    """
+    record = record_of(model)
+    if fold_scale or (dtype is not None and dtype != model.dtype):
+        model, record = _changed_copy(model, record, fold_scale, dtype)
+    strict.check_finite(str(folder), {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)})
+    sources = standalone_sources(model, record)
+    if not sources:
+        _check_stock(model)
+    model.save_pretrained(folder)
+    if sources:
+        _add_model_code(model, folder, sources)
+    roles = {
+        name: role for method, c in record.parts for role, rows in method.roles(model, c).items() for name, _ in rows
+    }
+    rows = {
+        name: strict.TensorRow(shape=shape, dtype=kind, role=roles.get(name, "base"))
+        for name, (shape, kind) in file_rows(folder).items()
+    }
+    identity = identify(model, record, "full", rows, model_config=durable.read_json(folder / CONFIG))
+    write_identity(folder, identity)
+    return identity
+
+
+def load_full(folder: Path, identity: Identity) -> PreTrainedModel:
+    """Open a full checkpoint with our own class (or the stock one), strictly; no code of the folder runs."""
+    compare(
+        f"{folder / CONFIG}", durable.read_json(durable.inside(folder, CONFIG)), identity.model_config_json, _EDITED
+    )
+    durable.verify_folder(folder)
+    listed = {name: (row.shape, row.dtype) for name, row in identity.tensors.items()}
+    strict.compare_tables(f"{folder}/sparsmith.json", file_rows(folder), listed)
+    configs = identity.method_configs(f"{folder}/sparsmith.json")
+    model = _open(folder, identity)
+    state = {k: v for k, v in strict.shapes_of(_tensors(model)).items() if k in listed}
+    strict.compare_tables(f"{folder}: loaded", state, {name: row for name, row in listed.items() if name in state})
+    attach(model, CraftRecord(configs=configs, base=identity.base_record(), seed=identity.seed))
+    mark_settled(model)
+    return model.eval()
+
+
+def standalone_sources(model: PreTrainedModel, record: CraftRecord) -> tuple[str, ...]:
+    """Modules that the folder's own code is made of, each once, lowest first; empty where the model's class is a stock
+    one."""
+    sources = tuple(dict.fromkeys(name for method, _ in record.parts for name in method.standalone_sources()))
+    return sources if type(model).__module__ in sources else ()
+
+
+def file_rows(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) over all weight files of the folder."""
+    rows: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, row in strict.read_rows(durable.inside(folder, file.name)).items():
+            if name in rows:
+                raise CheckpointMismatch(
+                    f"{file}: {name}", "a tensor that another shard holds too", "each once", _EDITED
+                )
+            rows[name] = row
+    return rows
+
+
+def _check_stock(model: PreTrainedModel) -> None:
+    """A folder without code must hold exactly the tensors that its class has when built from its config."""
+    with torch.device("meta"):
+        built = type(model)._from_config(copy.deepcopy(model.config))
+    known, found = set(built.state_dict()), set(model.state_dict())
+    if known != found:
+        odd = sorted(known ^ found)[0]
+        raise MethodError(
+            f"{type(model).__name__}: {odd}",
+            "a structure that the stock class does not have",
+            "a stock structure after `settle`, or modules named by the method's `standalone_sources`",
+            "Save the delta form instead.",
+        )
+
+
+def _add_model_code(model: PreTrainedModel, folder: Path, sources: tuple[str, ...]) -> None:
+    config_class, model_class = type(model.config).__name__, type(model).__name__
+    module = f"modeling_{model.config.model_type}"
+    (folder / f"{module}.py").write_text(inline(sources, our_version()), encoding="utf-8")
+    config = durable.read_json(folder / CONFIG)
+    config["auto_map"] = {"AutoConfig": f"{module}.{config_class}", "AutoModelForCausalLM": f"{module}.{model_class}"}
+    config["architectures"] = [model_class]
+    config.get("base_config", {}).pop("_name_or_path", None)  # a path of this machine
+    (folder / CONFIG).write_text(durable.json_text(config), encoding="utf-8")
+
+
+def _changed_copy(
+    model: PreTrainedModel, record: CraftRecord, fold_scale: bool, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, CraftRecord]:
+    model = copy.deepcopy(model)
+    if fold_scale:
+        configs = tuple(method.fold_scale(model, config) for method, config in record.parts)
+        record = CraftRecord(configs=configs, base=record.base, seed=record.seed)
+        attach(model, record)
+    if dtype is not None:
+        kept = {name for method, config in record.parts for name in method.state(model, config)}
+        for name, parameter in model.named_parameters():
+            if name not in kept and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model, record
+
+
+def _open(folder: Path, identity: Identity) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = cast(dict[str, Any], identity.model_config_json)
+    known: type | None = auto.real_class(str(config.get("model_type")))
+    opener: Any = known or AutoModelForCausalLM
+    attention = identity.base.attention
+    options = {"attn_implementation": attention} if attention else {}
+    try:
+        model, info = opener.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as fault:
+        raise CheckpointError(
+            str(folder),
+            " ".join(str(fault).split())[:300],
+            "a full checkpoint that this version opens",
+            "Use the version that wrote it.",
+        ) from fault
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            first = sorted(map(str, info[kind]))[0]
+            raise CheckpointMismatch(
+                f"{folder}: {first}", kind.replace("_", " "), "every tensor, and no other", _EDITED
+            )
+    return model
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}

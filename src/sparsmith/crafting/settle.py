@@ -1,0 +1,254 @@
+"""Settle: make soft choices hard. Every method settles its own part; then the LoRA is merged into the weights it was
+trained on.
+
+A LoRA that was trained on an NF4 base has learned around that base's rounding errors. It is therefore added to the
+*dequantised* NF4 weights, in float32, and the sum is rounded once; the original weights are refused (PESC §2.3 trains
+on NF4; the released merge adds to the original bf16 weights, which serves another function than the trained one).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsmith.crafting.lora import ADAPTER
+from sparsmith.crafting.neutral import probe_logits
+from sparsmith.crafting.record import record_of
+from sparsmith.crafting.tensors import check_finite
+from sparsmith.errors import MethodError, ProofError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SETTLED = "sparsmith_settled"
+# Merging replaces x W + (x A) B by x (W + A B): equal up to the rounding of the type that the sum is stored in.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class MergedMatrix:
+    """One weight that took up its LoRA."""
+
+    name: str
+    relative_error: float
+    """|stored - exact| / |exact| (Frobenius): what rounding to the stored type costs."""
+    lora_share: float
+    """|B A| / |W|: how large the merged change is."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Two models on the probe batch."""
+
+    max_logit_difference: float
+    largest_logit: float
+    mean_kl: float
+    """Mean over tokens of KL(before || after), nats."""
+
+
+@dataclass(frozen=True)
+class SettleReport:
+    """What settling has done, and what it cost."""
+
+    merged: tuple[MergedMatrix, ...] = ()
+    dequantised: int = 0
+    """Weights that came from NF4."""
+    merge: Drift | None = None
+    """Unmerged (on dequantised weights) against merged."""
+    dequantise: Drift | None = None
+    """NF4 kernels (bf16 compute) against the dequantised weights: the part that is not the merge's."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def settle(
+    model: PreTrainedModel,
+    *,
+    onto: Literal["dequantised", "original"] = "dequantised",
+    dtype: torch.dtype | None = None,
+    seed: int = 42,
+) -> PreTrainedModel:
+    """Settle every method, then merge the LoRA, in place. `settle_report(model)` tells the figures.
+
+    Args:
+        model: a crafted model.
+        onto: for an NF4 base, which weights take the LoRA; `original` is refused, with the reason.
+        dtype: number type of dequantised weights; default: the base's own.
+        seed: of the probe batch.
+
+    Raises:
+        MethodError: `onto="original"` for a quantised base; a LoRA variant that cannot be merged.
+        ProofError: the merged model computes something else than the unmerged one.
+    """
+    record = record_of(model)
+    if is_settled(model):
+        return model
+    if onto != "dequantised" and quantised_linears(model):
+        raise MethodError(
+            "settle",
+            "the original weights as target of the merge",
+            "the dequantised weights",
+            "The LoRA was trained around the NF4 rounding errors: on the original weights it is another function.",
+        )
+    settled: nn.Module = model
+    for method, config in record.parts:
+        settled = method.settle(settled, config)
+    settled = cast("PreTrainedModel", settled)
+    before = probe_logits(settled, seed)
+    count = dequantise(settled, dtype or getattr(torch, record.base.dtype))
+    middle = probe_logits(settled, seed) if count else before
+    merged = merge_lora(settled)
+    after = probe_logits(settled, seed) if merged else middle
+    report = SettleReport(
+        merged=merged,
+        dequantised=count,
+        merge=_drift(middle, after) if merged else None,
+        dequantise=_drift(before, middle) if count else None,
+    )
+    _check(report, settled)
+    object.__setattr__(settled, "sparsmith", record)
+    object.__setattr__(settled, _SETTLED, report)
+    return settled
+
+
+def settled_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """`settle` of a copy, for saving in the middle of a run."""
+    return settle(copy.deepcopy(model))
+
+
+def is_settled(model: nn.Module) -> bool:
+    return getattr(model, _SETTLED, None) is not None
+
+
+def settle_report(model: nn.Module) -> SettleReport | None:
+    """The figures of `settle`, or None for a model that is not settled."""
+    return getattr(model, _SETTLED, None)
+
+
+def mark_settled(model: nn.Module) -> None:
+    """For a model that was read from a settled checkpoint."""
+    object.__setattr__(model, _SETTLED, SettleReport())
+
+
+def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the bitsandbytes 4-bit linears."""
+    return [
+        (name, m) for name, m in model.named_modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "quant_type")
+    ]
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
+    """Replace every 4-bit linear by a plain one that holds the dequantised weights; returns how many."""
+    found = quantised_linears(model)
+    if not found:
+        return 0
+    import bitsandbytes.functional as bnb
+
+    for name, module in found:
+        weight = cast(Any, module.weight)
+        rows, columns = weight.quant_state.shape
+        plain = nn.Linear(columns, rows, bias=module.bias is not None, device="meta")
+        full = bnb.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32).to(dtype)
+        plain.weight = nn.Parameter(full.reshape(plain.weight.shape), requires_grad=False)
+        if module.bias is not None:
+            plain.bias = nn.Parameter(cast(Tensor, module.bias).detach().to(dtype), requires_grad=False)
+        _put(model, name, plain)
+    _forget_quantisation(model)
+    return len(found)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> tuple[MergedMatrix, ...]:
+    """Add every LoRA to its weight in float32, round once, and take the LoRA modules out.
+
+    PEFT's own merge rounds the product to the weight's type before it adds; this rounds the sum only.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    rows = []
+    for name, layer in layers:
+        if layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
+            raise MethodError(
+                name,
+                "a LoRA variant, a LoRA bias or a merged LoRA",
+                "a plain LoRA",
+                "Merge this model with PEFT itself.",
+            )
+        linear = layer.get_base_layer()
+        rows.append(_merge_one(name, layer, linear))
+        _put(model, name, linear)
+    if layers:
+        _forget_lora(model)
+    return tuple(rows)
+
+
+def _merge_one(name: str, layer: Any, linear: nn.Module) -> MergedMatrix:
+    weight = cast(Tensor, linear.weight)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    change = layer.get_delta_weight(ADAPTER).to(wide)
+    exact = weight.to(wide) + change
+    stored = exact.to(weight.dtype)
+    check_finite("merge", {name: stored})
+    linear.weight = nn.Parameter(stored, requires_grad=False)
+    norm = exact.norm().clamp(min=torch.finfo(wide).tiny)
+    error, share = (stored.to(wide) - exact).norm() / norm, change.norm() / weight.to(wide).norm().clamp(min=1e-30)
+    return MergedMatrix(name, error.item(), share.item())
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _forget_lora(model: nn.Module) -> None:
+    """transformers saves adapters alone while it believes that there are any."""
+    for part in model.modules():
+        if getattr(part, "_hf_peft_config_loaded", False):
+            part._hf_peft_config_loaded = False  # type: ignore[assignment]
+        if "peft_config" in vars(part):
+            del part.peft_config
+
+
+def _forget_quantisation(model: nn.Module) -> None:
+    for part in model.modules():
+        for name in ("is_loaded_in_4bit", "is_quantized"):
+            if vars(part).get(name):
+                setattr(part, name, False)
+        for name in ("hf_quantizer", "quantization_method"):
+            if name in vars(part):
+                delattr(part, name)
+        config = getattr(part, "config", None)
+        for holder in (config, getattr(config, "base_config", None)):
+            if holder is not None and "quantization_config" in vars(holder):
+                del holder.quantization_config
+
+
+def _drift(before: Tensor | None, after: Tensor | None) -> Drift | None:
+    if before is None or after is None:
+        return None
+    before, after = before.double(), after.double()
+    log_p, log_q = F.log_softmax(before, -1), F.log_softmax(after, -1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return Drift((after - before).abs().max().item(), before.abs().max().item(), kl.item())
+
+
+def _check(report: SettleReport, model: nn.Module) -> None:
+    drift = report.merge
+    if drift is None:
+        return
+    limit = max(_TOLERANCE.get(p.dtype, 1e-4) for p in model.parameters() if p.is_floating_point())
+    if not drift.max_logit_difference <= limit * max(1.0, drift.largest_logit):
+        raise ProofError(
+            "settle",
+            f"logits that move by {drift.max_logit_difference:.3e} when the LoRA is merged",
+            f"at most {limit:g} of the largest logit",
+            "Keep the delta checkpoint and report this; do not export the merged model.",
+        )
