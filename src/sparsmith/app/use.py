@@ -74,7 +74,7 @@ def generate(
     from sparsmith.inference import stream_text
 
     model, tokenizer, recipe = load_model(target)
-    ids = render_prompt(prompt, tokenizer, None if raw or recipe is None else recipe.data.template, raw=raw)
+    ids = render_prompt(prompt, tokenizer, None if recipe is None else recipe.data.template, raw=raw)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     set_seed(seed)
     yield from stream_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, **drawn)
