@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsmith.data.collate import Collator
     from sparsmith.data.evalsets import EvalRow, EvalSet
-    from sparsmith.data.load import LoadedData, load_data
+    from sparsmith.data.load import LoadedData, load_data, render_prompt
     from sparsmith.data.sources import RowSet, read_rows
+    from sparsmith.data.view import DataView, show
 
 _HOMES = {
     "Collator": "collate",
@@ -23,9 +24,23 @@ _HOMES = {
     "load_data": "load",
     "RowSet": "sources",
     "read_rows": "sources",
+    "render_prompt": "load",
+    "DataView": "view",
+    "show": "view",
 }
 
-__all__ = ["Collator", "EvalRow", "EvalSet", "LoadedData", "RowSet", "load_data", "read_rows"]
+__all__ = [
+    "Collator",
+    "DataView",
+    "EvalRow",
+    "EvalSet",
+    "LoadedData",
+    "RowSet",
+    "load_data",
+    "read_rows",
+    "render_prompt",
+    "show",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsmith.data.messages import Messages
 from sparsmith.data.rows import RowFault, one_line
-from sparsmith.data.tokens import Segment, TokenRow, encode_segments, one_bos, special_words
+from sparsmith.data.tokens import Segment, TokenRow, before_answer, encode_segments, one_bos, special_words
 from sparsmith.errors import DataError
 
 
@@ -46,17 +46,17 @@ class ChatEncoder:
         return result
 
     def prompt_text(self, messages: Messages) -> str:
-        """What stands before the last answer, as text (without bos)."""
-        text = self._render(messages[:-1], add_generation_prompt=True)
+        """What stands before the last answer (or after the last question), as text without bos."""
+        text = self._render(before_answer(messages), add_generation_prompt=True)
         bos = self.tokenizer.bos_token
         return text.removeprefix(bos) if bos else text
 
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """What stands before the last answer, as ids, the bos included."""
+        """What stands before the last answer (or after the last question), as ids, the bos included."""
         if self._spells(messages):
-            ids = self._ids(messages[:-1], add_generation_prompt=True)
+            ids = self._ids(before_answer(messages), add_generation_prompt=True)
             return one_bos(ids, [False] * len(ids), self.bos, self.eos).ids
-        text = self._render(messages[:-1], add_generation_prompt=True)
+        text = self._render(before_answer(messages), add_generation_prompt=True)
         row = encode_segments(self.tokenizer, [[Segment(text)]], self.bos, self.eos)[0]
         return row.ids if isinstance(row, TokenRow) else []
 

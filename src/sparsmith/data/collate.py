@@ -6,9 +6,8 @@ sequences of at most `max_length` tokens as best fit finds; the tensor is as wid
 
 Rows of one sequence must not see each other. transformers builds the block-diagonal mask from `position_ids` that start anew with
 each row, under two conditions: no `attention_mask` is passed, and `use_cache=False` is (a cache switches the detection off in
-silence). This holds for llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, olmo2, phi3, gpt_neox and gpt2, with sdpa and eager;
-a test compares every family with unpacked rows. `attention="blocks"` writes the mask out, (B, 1, S, S) bool, for models
-without that detection.
+silence). This holds for the families of `TOLD_BY_POSITIONS`, with sdpa and eager; a test compares each with unpacked
+rows. For any other family `attention="blocks"` writes the mask out, (B, 1, S, S) bool, which sdpa takes as it is.
 
 Shapes: B sequences, S tokens (a multiple of 8), R rows.
 """
@@ -21,8 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsmith.recipe.schema import DataSettings
+
 PAD_TO = 8
 IGNORE = -100
+TOLD_BY_POSITIONS = frozenset(
+    ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3", "gpt_neox", "gpt2"]
+)
+"""Families whose masks a test holds against unpacked rows."""
 
 
 class Collator:
@@ -45,6 +50,11 @@ class Collator:
         if attention not in ("positions", "blocks"):
             raise ValueError(f"attention is {attention!r}; positions or blocks")
         self.pad_id, self.packing, self.max_length, self.attention = pad_id, packing, max_length, attention
+
+    @classmethod
+    def of(cls, settings: DataSettings, tokenizer: Any, config: Any = None) -> Collator:
+        """The collator of a recipe. `config`: the model's, whose family decides how packed rows are kept apart."""
+        return cls(pad_id_of(tokenizer), settings.packing, settings.max_length, attention_for(config))
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
@@ -74,6 +84,18 @@ class Collator:
         elif self.attention == "blocks":
             batch["attention_mask"] = block_mask(row_of)
         return batch
+
+
+def attention_for(config: Any) -> str:
+    """`positions` where a family is known to tell packed rows by their positions, `blocks` for any other."""
+    inner = getattr(config, "base_config", None) or config
+    model_type = inner.get("model_type") if isinstance(inner, dict) else getattr(inner, "model_type", None)
+    return "positions" if model_type is None or model_type in TOLD_BY_POSITIONS else "blocks"
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The pad token, else eos, else 0: padding is never seen nor trained."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _write(batch: dict[str, Tensor], number: int, start: int, stop: int, row: dict[str, Any]) -> None:

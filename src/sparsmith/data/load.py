@@ -14,7 +14,7 @@ import torch
 
 from sparsmith.data import cache, mixture
 from sparsmith.data.chat import make_encoder
-from sparsmith.data.collate import Collator
+from sparsmith.data.collate import Collator, pad_id_of
 from sparsmith.data.evalsets import EvalSet, load_eval
 from sparsmith.data.prepare import TokenSet, prepare
 from sparsmith.data.rows import Reject
@@ -72,8 +72,6 @@ class LoadedData:
     """Bad rows by source; those of an eval source under `eval.<name>`."""
     encoder: Any
     settings: DataSettings
-    epoch_rows: int
-    """Rows of one epoch."""
 
     def collator(self, packing: bool | None = None, attention: str = "positions") -> Collator:
         """The collator that the recipe asks for."""
@@ -86,9 +84,18 @@ class LoadedData:
         return self.train.sets[number].place(sample_id - int(self.train.starts[number]))
 
 
-def pad_id_of(tokenizer: Any) -> int:
-    """The pad token, else eos, else 0: padding is never seen nor trained."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def render_prompt(
+    prompt: str, tokenizer: Any, template: str | None = None, *, system: str = "", raw: bool = False
+) -> list[int]:
+    """The ids from which `generate` answers a prompt: the template around it, one bos at the head.
+
+    Args:
+        template: as `data.template` of the recipe.
+        raw: encode the prompt alone, without a template.
+    """
+    encoder = make_encoder(tokenizer, "{prompt}" if raw else template, "response")
+    head = [{"role": "system", "content": system}] if system else []
+    return encoder.prompt_ids([*head, {"role": "user", "content": prompt}])
 
 
 def load_data(
@@ -96,10 +103,10 @@ def load_data(
     tokenizer: Any,
     *,
     seed: int,
-    base_dir: Path | str,
+    base_dir: Path | str = ".",
     rows_needed: int | None = None,
-    epochs: float = 1.0,
-    rejects_dir: Path | str | None = None,
+    epochs: float | None = None,
+    rejects: Path | str | None = None,
 ) -> LoadedData:
     """Read, encode and order the recipe's data.
 
@@ -107,8 +114,9 @@ def load_data(
         seed: of the mixture, the order inside each source and the choice of `limit`. The stream of rows depends on it, the
             sources' names, sizes and rates, and on nothing else.
         base_dir: what relative paths start from (the recipe's folder).
-        rows_needed: length of the training stream; absent = `epochs` epochs.
-        rejects_dir: where `on_bad_row: skip` writes `<source>.jsonl`; absent = they are only in `rejects`.
+        rows_needed: length of the training stream; absent = `epochs` epochs (default 1). 0 leaves the training sources
+            unread, for evaluation alone.
+        rejects: the folder where `on_bad_row: skip` writes `<source>.jsonl`; absent = they are only in the result.
 
     Raises:
         DataError: a file or row that cannot be used. RecipeError: two sources with one name.
@@ -118,29 +126,43 @@ def load_data(
     encoder = make_encoder(tokenizer, settings.template, settings.loss_on)
     cache_dir = base_dir / Path(settings.cache).expanduser() if settings.cache else cache.default_dir()
     domains = list(dict.fromkeys(source.domain for source in (*settings.train, *settings.eval)))
-    sets = [prepare(source, source.domain, settings, encoder, base_dir, seed, cache_dir) for source in settings.train]
+    sources = settings.train if rows_needed != 0 else ()
+    sets = [prepare(source, source.domain, settings, encoder, base_dir, seed, cache_dir) for source in sources]
     held_out = {s.name: load_eval(s, domains.index(s.domain), settings, encoder, base_dir) for s in settings.eval}
 
-    parts = mixture.parts_of(settings.train, [len(one) for one in sets])
-    for one, share in zip(sets, mixture.shares(parts, settings.mixing)):
-        one.counts["share"] = float(share)
-    length = rows_needed if rows_needed is not None else max(1, round(epochs * mixture.epoch_rows(parts)))
-    source, row = mixture.stream(parts, settings.mixing, seed, length)
-    rejects = {one.name: one.rejects for one in sets if one.rejects}
-    rejects |= {f"eval.{one.name}": one.rejects for one in held_out.values() if one.rejects}
-    if rejects_dir is not None:
-        write_rejects(Path(rejects_dir), rejects)
+    train = _stream(settings, sets, domains, seed, rows_needed, epochs)
+    bad = {one.name: one.rejects for one in sets if one.rejects}
+    bad |= {f"eval.{one.name}": one.rejects for one in held_out.values() if one.rejects}
+    if rejects is not None:
+        write_rejects(Path(rejects), bad)
     return LoadedData(
-        train=TrainRows(sets, [domains.index(s.domain) for s in settings.train], source, row),
+        train=train,
         eval=held_out,
         domains=domains,
         counts={"train": {s.name: s.counts for s in sets}, "eval": {s.name: s.counts for s in held_out.values()}},
         fingerprints=_merged([one.fingerprints for one in sets] + [one.fingerprints for one in held_out.values()]),
-        rejects=rejects,
+        rejects=bad,
         encoder=encoder,
         settings=settings,
-        epoch_rows=mixture.epoch_rows(parts),
     )
+
+
+def _stream(
+    settings: DataSettings,
+    sets: Sequence[TokenSet],
+    domains: list[str],
+    seed: int,
+    rows_needed: int | None,
+    epochs: float | None,
+) -> TrainRows:
+    if not sets:
+        return TrainRows([], [], np.zeros(0, np.int64), np.zeros(0, np.int64))
+    parts = mixture.parts_of(settings.train, [len(one) for one in sets])
+    for one, share in zip(sets, mixture.shares(parts, settings.mixing)):
+        one.counts["share"] = float(share)
+    length = rows_needed if rows_needed is not None else max(1, round((epochs or 1.0) * mixture.epoch_rows(parts)))
+    source, row = mixture.stream(parts, settings.mixing, seed, length)
+    return TrainRows(sets, [domains.index(one.domain) for one in settings.train], source, row)
 
 
 def _merged(maps: Sequence[dict[str, str]]) -> dict[str, str]:

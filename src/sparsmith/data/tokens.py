@@ -117,13 +117,13 @@ class TemplateEncoder:
         return result
 
     def prompt_text(self, messages: Messages) -> str:
-        """What stands before the last answer, as text (without bos)."""
+        """What stands before the last answer (or after the last question), as text without bos."""
         eos = self.tokenizer.eos_token
-        return "".join(eos if part.ids else part.text for part in self.segments(messages[:-1]))
+        return "".join(eos if part.ids else part.text for part in self.segments(before_answer(messages)))
 
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """What stands before the last answer, as ids, the bos included."""
-        row = encode_segments(self.tokenizer, [self.segments(messages[:-1])], self.bos, self.eos)[0]
+        """What stands before the last answer (or after the last question), as ids, the bos included."""
+        row = encode_segments(self.tokenizer, [self.segments(before_answer(messages))], self.bos, self.eos)[0]
         return row.ids if isinstance(row, TokenRow) else []
 
     def _spells(self, text: str) -> bool:
@@ -137,6 +137,11 @@ class TemplateEncoder:
         if not self._spells(self.template.literals):
             return [Segment(text, trained, plain=True)]
         return [Segment(piece, trained, plain=of_data) for piece, of_data in pieces]
+
+
+def before_answer(messages: Messages) -> Messages:
+    """The conversation without its last answer; as it is where it ends with a question."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def special_words(tokenizer: Any) -> re.Pattern[str] | None:

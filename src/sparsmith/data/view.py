@@ -70,7 +70,7 @@ class DataView:
         lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)]
         return "\n".join([*lines, *self.rejects])
 
-    def renderable(self) -> Group:
+    def __rich__(self) -> Group:
         """The view for rich: trained text green, the rest dim."""
         from rich.console import Group
         from rich.panel import Panel
@@ -104,10 +104,10 @@ def show(
     *,
     seed: int = 42,
     base_dir: Path | str = ".",
-    rejects_dir: Path | str | None = None,
+    rejects: Path | str | None = None,
 ) -> DataView:
     """Load the data and look at the first `n` rows of the training stream."""
-    data = load_data(settings, tokenizer, seed=seed, base_dir=base_dir, rows_needed=max(n, 1), rejects_dir=rejects_dir)
+    data = load_data(settings, tokenizer, seed=seed, base_dir=base_dir, rows_needed=max(n, 1), rejects=rejects)
     return view_of(data, n)
 
 
