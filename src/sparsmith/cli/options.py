@@ -25,7 +25,7 @@ def folder(text: str, flag: str) -> Path:
     """A folder that must be there."""
     path = Path(text)
     try:
-        found = path.is_dir()
+        found = bool(text) and path.is_dir()
     except (OSError, ValueError):
         found = False
     if not found:

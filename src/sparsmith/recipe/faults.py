@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -83,9 +84,19 @@ def _report_one(tree: Tree, path: Path, errors: list[ErrorDetails], guide: Guide
 
 
 def _report_method(tree: Tree, path: Path, absent: bool, names: tuple[str, ...]) -> None:
-    name = tree.get((*path, "method"))
-    hint = nearest(name, names) if isinstance(name, str) and not absent else "Known: " + ", ".join(names) + "."
-    tree.fault((*path, "method"), "nothing" if name is None else show(name), "the name of a method", hint)
+    """An entry of `methods` whose key `method` is missing, misspelt or unknown."""
+    name, known = tree.get((*path, "method")), "Known: " + ", ".join(names) + "."
+    if not absent:
+        hint = nearest(name, names) if isinstance(name, str) else known
+        tree.fault((*path, "method"), show(name), "the name of a method", hint)
+        return
+    misspelt = get_close_matches("method", list(tree.get(path) or ()), n=1)
+    if misspelt:
+        tree.fault(
+            (*path, misspelt[0]), f"the unknown key `{misspelt[0]}`", "the key `method`", "Did you mean `method`?"
+        )
+    else:
+        tree.fault((*path, "method"), "nothing", "the name of a method", known)
 
 
 def _expected(error: ErrorDetails) -> str:

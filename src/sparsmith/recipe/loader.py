@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from os import PathLike
@@ -135,7 +136,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _by_line(fault: RecipeError) -> tuple[str, int]:
-    name, _, rest = fault.where.partition(":")
-    line = rest.split(":")[0]
-    return name, int(line) if line.isdecimal() else 0
+def _by_line(fault: RecipeError) -> tuple[bool, int]:
+    """The file's faults in its order, then those of the command line."""
+    if fault.where.startswith("command line"):
+        return True, 0
+    line = re.search(r":(\d+)(?::|$)", fault.where)
+    return False, int(line.group(1)) if line else 0

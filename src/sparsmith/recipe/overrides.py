@@ -24,6 +24,10 @@ def _apply(tree: Tree, override: str) -> None:
         raise RecipeError(place, "no key and value", "`key=value`, such as train.steps=50", "Write key, `=` and value.")
     path: Path = tuple(int(part) if part.isdecimal() and len(part) < 6 else part for part in key.split("."))
     value = parse_value(text, place)
+    if "#" in text and not isinstance(value, dict | list) and text.lstrip()[0] not in "'\"":
+        raise RecipeError(
+            f"{place}: {key}", "an unquoted `#`, which starts a comment", "the value in quotes", "Add quotes."
+        )
     if not isinstance(tree.data, dict):
         return  # the file holds no settings; that fault is told once, by the validation
     for length in range(1, len(path)):

@@ -138,10 +138,13 @@ def parse(text: str, name: str) -> Tree:
 
 def parse_value(text: str, place: str) -> Any:
     """A single value as YAML (of an override)."""
-    tree = parse(text, place)
-    if tree.faults:
-        first = tree.faults[0]
-        raise RecipeError(place, first.found, first.expected, first.mend)
+    try:
+        tree = parse(text, place)
+        faults = tree.faults
+    except RecipeError as error:
+        faults = [error]
+    if faults:
+        raise RecipeError(place, faults[0].found, faults[0].expected, faults[0].mend)
     return tree.data
 
 
@@ -166,6 +169,7 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode):
             self.own_tag(node, path, "tag:yaml.org,2002:seq")
             return [self.build(item, (*path, index), inside) for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         return self.scalar(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: Path, inside: tuple[int, ...]) -> dict[str, Any]:
@@ -186,8 +190,7 @@ class _Builder:
         return result
 
     def key(self, node: yaml.Node, path: Path) -> str | None:
-        plain = isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str" and node.value != "<<"
-        if plain:
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str" and node.value != "<<":
             return self.text(node, path)
         shown = f"`{node.value}`" if isinstance(node, yaml.ScalarNode) else "a list or group"
         where = f"{self.tree.name}:{node.start_mark.line + 1}: {dotted(path) or '(top)'}"
