@@ -20,6 +20,7 @@ _HOMES = {
     "verify": "sparsmith.app.use",
     "import_camelidae": "sparsmith.app.use",
     "demo": "sparsmith.app.demo",
+    "protocol": "sparsmith.app.protocol",
     "doctor": "sparsmith.app.facts",
 }
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsmith import __version__
-from sparsmith.cli import data, demo, doctor, evaluate, export, generate, import_, plan, report, tune, verify
+from sparsmith.cli import data, demo, doctor, evaluate, export, generate, import_, plan, protocol, report, tune, verify
 from sparsmith.cli.options import Debug, Json
 from sparsmith.cli.screen import SCREEN, drop_output
 from sparsmith.errors import SparsmithError
@@ -32,6 +32,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "export": export.export,
     "report": report.report,
+    "protocol": protocol.protocol,
     "verify": verify.verify,
     "doctor": doctor.doctor,
 }

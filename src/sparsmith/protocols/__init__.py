@@ -1,0 +1,1 @@
+"""The papers' comparisons, each as one command."""
