@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sparsmith import durable
-from sparsmith.crafting import delta, full
+from sparsmith.crafting import delta
+from sparsmith.crafting import full as full_form
 from sparsmith.crafting.apply import craft
 from sparsmith.crafting.base_model import load_base
 from sparsmith.crafting.identity import FILE, Identity, base_hash, compare, dense_config, read_identity, weights_folder
@@ -69,7 +70,8 @@ def save(
 
 def write_full(model: PreTrainedModel, folder: Path, *, fold_scale: bool = False) -> None:
     """The files of a full checkpoint, of a settled copy where the model is not settled."""
-    full.write_full(model if is_settled(model) else settled_copy(model), folder, fold_scale=fold_scale)
+    settled = model if is_settled(model) else settled_copy(model)
+    full_form.write_full(full_form.prepare(settled, fold_scale=fold_scale), folder)
 
 
 def load(
@@ -98,7 +100,7 @@ def load(
     if identity.kind == "full":
         if base is not None:
             raise CheckpointMismatch(str(folder), "a full checkpoint", "a delta, when `base` is given", "Drop `base`.")
-        return full.load_full(folder, identity)
+        return full_form.load_full(folder, identity)
     identity = delta.read_delta_identity(folder)
     durable.verify_folder(folder)
     dense = _open_base(folder, identity, base, trust_remote_code)

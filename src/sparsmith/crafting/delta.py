@@ -40,7 +40,7 @@ def write_delta(model: PreTrainedModel, folder: Path) -> Identity:
     """
     record = record_of(model)
     state, lora = method_state(model), lora_state(model)
-    roles = _role_of(model)
+    roles = role_of(model)
     table = strict.table_of(state, roles) | strict.table_of(lora, {}, "lora")
     identity = identify(model, record, "delta", table, frozen_hash=frozen_hash(model, state))
     strict.write_tensors(folder / WEIGHTS, state, {_HEADER: json.dumps(identity.core(), sort_keys=True)})
@@ -125,7 +125,8 @@ def frozen_hash(model: nn.Module, state: dict[str, Tensor]) -> str:
     return strict.content_hash((name, tensor) for name, tensor in rest if isinstance(tensor, Tensor))
 
 
-def _role_of(model: nn.Module) -> dict[str, str]:
+def role_of(model: nn.Module) -> dict[str, str]:
+    """Name of a trained tensor -> its role."""
     record = record_of(model)
     tables = [method.roles(model, config) for method, config in record.parts]
     return {name: role for table in tables for role, rows in table.items() for name, _ in rows}

@@ -8,6 +8,7 @@ needs torch and transformers.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from sparsmith import auto, durable
 from sparsmith.crafting import tensors as strict
+from sparsmith.crafting.delta import method_state, role_of
 from sparsmith.crafting.identity import Identity, compare, identify, our_version, write_identity
 from sparsmith.crafting.record import CraftRecord, attach, record_of
 from sparsmith.crafting.settle import mark_settled
@@ -29,33 +31,42 @@ CONFIG = "config.json"
 _EDITED = "config.json or sparsmith.json was edited; restore the file, or take another checkpoint."
 
 
-def write_full(
-    model: PreTrainedModel, folder: Path, *, fold_scale: bool = False, dtype: torch.dtype | None = None
-) -> Identity:
-    """Write a settled model into `folder` (usually the temporary one of `durable.durable_folder`).
+def prepare(model: PreTrainedModel, *, fold_scale: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model whose weights a full checkpoint will hold: `model` itself, or a copy where something is to be changed.
 
     Args:
         model: settled; left untouched.
-        folder: an existing folder.
-        fold_scale: multiply constant scales into the weights (in a copy).
-        dtype: number type of the base's weights in the files; what the methods added keeps its own.
+        fold_scale: multiply constant scales into the weights.
+        dtype: number type of the base's weights; what the methods added keeps its own.
     """
+    if not fold_scale and dtype in (None, model.dtype):
+        return model
+    record, settled = record_of(model), model
+    model = copy.deepcopy(model)
+    if fold_scale:
+        configs = tuple(method.fold_scale(model, config) for method, config in record.parts)
+        attach(model, replace(record, configs=configs))
+    if dtype is not None:
+        kept = set(method_state(settled))
+        for name, parameter in model.named_parameters():
+            if name not in kept and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def write_full(model: PreTrainedModel, folder: Path) -> Identity:
+    """Write a settled model into `folder` (usually the temporary one of `durable.durable_folder`)."""
     record = record_of(model)
-    if fold_scale or (dtype is not None and dtype != model.dtype):
-        model, record = _changed_copy(model, record, fold_scale, dtype)
-    strict.check_finite(str(folder), {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)})
+    strict.check_finite(str(folder), _tensors(model))
     sources = standalone_sources(model, record)
     if not sources:
         _check_stock(model)
     model.save_pretrained(folder)
     if sources:
         _add_model_code(model, folder, sources)
-    roles = {
-        name: role for method, c in record.parts for role, rows in method.roles(model, c).items() for name, _ in rows
-    }
     rows = {
-        name: strict.TensorRow(shape=shape, dtype=kind, role=roles.get(name, "base"))
-        for name, (shape, kind) in file_rows(folder).items()
+        name: strict.TensorRow(shape=shape, dtype=kind, role=role)
+        for (name, (shape, kind)), role in _with_roles(model, file_rows(folder))
     }
     identity = identify(model, record, "full", rows, model_config=durable.read_json(folder / CONFIG))
     write_identity(folder, identity)
@@ -125,20 +136,9 @@ def _add_model_code(model: PreTrainedModel, folder: Path, sources: tuple[str, ..
     (folder / CONFIG).write_text(durable.json_text(config), encoding="utf-8")
 
 
-def _changed_copy(
-    model: PreTrainedModel, record: CraftRecord, fold_scale: bool, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, CraftRecord]:
-    model = copy.deepcopy(model)
-    if fold_scale:
-        configs = tuple(method.fold_scale(model, config) for method, config in record.parts)
-        record = CraftRecord(configs=configs, base=record.base, seed=record.seed)
-        attach(model, record)
-    if dtype is not None:
-        kept = {name for method, config in record.parts for name in method.state(model, config)}
-        for name, parameter in model.named_parameters():
-            if name not in kept and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-    return model, record
+def _with_roles(model: PreTrainedModel, rows: dict[str, tuple]) -> list[tuple[tuple[str, tuple], str]]:
+    roles = role_of(model)
+    return [((name, row), roles.get(name, "base")) for name, row in rows.items()]
 
 
 def _open(folder: Path, identity: Identity) -> PreTrainedModel:

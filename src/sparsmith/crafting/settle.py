@@ -231,6 +231,11 @@ def _forget_quantisation(model: nn.Module) -> None:
                 del holder.quantization_config
 
 
+def drift(before: nn.Module, after: nn.Module, seed: int = 42) -> Drift | None:
+    """Two models on the probe batch; None on the meta device."""
+    return _drift(probe_logits(before, seed), probe_logits(after, seed))
+
+
 def _drift(before: Tensor | None, after: Tensor | None) -> Drift | None:
     if before is None or after is None:
         return None

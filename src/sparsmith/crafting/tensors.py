@@ -132,6 +132,16 @@ def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_file_finite(file: Path) -> None:
+    """`check_finite` for a file, one tensor in memory at a time."""
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                check_finite(str(file), {name: opened.get_tensor(name)})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as fault:
+        raise _broken(file, fault) from fault
+
+
 def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, shapes, types and the first MiB of each tensor, in order of name."""
     total = hashlib.sha256()

@@ -1,0 +1,135 @@
+"""The card of an exported model: what it is, how it is opened, how it was made, and how it proved itself. Figures are
+copied, never made up; what is not known is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparsmith import anatomy
+from sparsmith.crafting.identity import our_version
+from sparsmith.crafting.record import record_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sparsmith.exporting.folder import ExportReport
+
+_OPEN = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}"{code})
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+```"""
+
+
+def model_card(model: PreTrainedModel, report: ExportReport, facts: dict[str, Any]) -> str:
+    """README.md with the hub's front matter. `facts` may hold `recipe` (text), `run`, `plan` and `proof` (plain
+    data)."""
+    parts = [
+        _front_matter(model, report),
+        f"# {report.path.name}\n\n{_what(model, report)}",
+        "## Open it\n\n" + _opening(report),
+        "## Size\n\n" + _table(("", "count"), _sizes(report)),
+        "## Method\n\n" + _methods(model),
+        "## Proof\n\n" + _proofs(report, facts),
+    ]
+    if report.settle:
+        parts.append("## Merge\n\n" + _merge(report.settle))
+    if facts.get("run"):
+        parts.append("## Run\n\n" + _table(("", ""), _flat(facts["run"])))
+    if facts.get("recipe"):
+        parts.append("## Recipe\n\n```yaml\n" + str(facts["recipe"]).strip() + "\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """`total`, counted on the tensors (tied ones once), and `active`: those that one token uses."""
+    total = sum(p.numel() for p in model.parameters())
+    base_config = getattr(model.config, "base_config", None) or model.config
+    row, shape = anatomy.of(base_config), anatomy.shape_of(base_config)
+    inactive = sum(method.plan(config, row, shape).inactive for method, config in record_of(model).parts)
+    return {"total": total, "active": total - inactive}
+
+
+def _front_matter(model: PreTrainedModel, report: ExportReport) -> str:
+    methods = [method.name for method, _ in record_of(model).parts]
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- sparsmith"]
+    lines += [f"- {name}" for name in methods]
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _what(model: PreTrainedModel, report: ExportReport) -> str:
+    record = record_of(model)
+    titles = ", then ".join(method.title for method, _ in record.parts)
+    base = record.base.id.rstrip("/").split("/")
+    name = "/".join(base[-2:]) if not record.base.id.startswith("/") else base[-1]
+    made = f"Made with sparsmith {our_version()}" + (f" from `{name}`" if record.base.id else "")
+    return f"{made} by {titles}. Model type `{report.model_type}`."
+
+
+def _opening(report: ExportReport) -> str:
+    text = _OPEN.format(path=report.path.name, code=", trust_remote_code=True" if report.needs_code else "")
+    if report.needs_code:
+        return text + (
+            "\n\nThe folder brings its model code (`modeling_*.py`), which needs torch and transformers only. Where sparsmith is "
+            "installed, `import sparsmith` is enough and no code of the folder runs. A loader that does not know the model type "
+            "refuses the folder; do not force another class on it, which would drop the trained parts."
+        )
+    return text + "\n\nA stock architecture: no remote code is needed."
+
+
+def _sizes(report: ExportReport) -> list[tuple[str, str]]:
+    rows = [("parameters, total", f"{report.parameters['total']:,}")]
+    rows.append(("parameters, active per token", f"{report.parameters['active']:,}"))
+    return [*rows, ("bytes on disk", f"{report.bytes:,}")]
+
+
+def _methods(model: PreTrainedModel) -> str:
+    parts = []
+    for method, config in record_of(model).parts:
+        settings = config.model_dump(mode="json")
+        rows = [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in settings.items() if key != "method"]
+        parts.append(f"[{method.title}]({method.paper})\n\n" + _table(("setting", "value"), rows))
+    return "\n\n".join(parts)
+
+
+def _proofs(report: ExportReport, facts: dict[str, Any]) -> str:
+    rows = []
+    for stage, proof in {**(facts.get("proof") or {}), "export": report.proof}.items():
+        if isinstance(proof, dict) and "check" in proof:
+            value = "equal bit for bit" if proof.get("bitwise") else _shown(proof.get("value"))
+            rows.append((stage, str(proof["check"]), value, "passed" if proof.get("passed") else "FAILED"))
+    if report.proof is None:
+        rows.append(("export", "reload in a clean process", "not asked for", "not run"))
+    return _table(("stage", "check", "measured", "result"), rows)
+
+
+def _merge(settle: dict[str, Any]) -> str:
+    errors = [row["relative_error"] for row in settle["merged"]]
+    rows = [("matrices merged", str(len(errors))), ("largest relative rounding error of a matrix", _shown(max(errors)))]
+    for key, label in (("merge", "merged against unmerged"), ("dequantise", "dequantised against NF4 kernels")):
+        if settle[key]:
+            rows.append((f"{label}: largest logit difference", _shown(settle[key]["max_logit_difference"])))
+            rows.append((f"{label}: mean KL, nats per token", _shown(settle[key]["mean_kl"])))
+    return _table(("", ""), rows)
+
+
+def _flat(data: Any, path: str = "") -> list[tuple[str, str]]:
+    if not isinstance(data, dict):
+        return [(path, _shown(data))]
+    return [row for key, value in data.items() for row in _flat(value, f"{path}.{key}" if path else str(key))]
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
