@@ -24,7 +24,7 @@ def read(context: RouteContext) -> dict[str, Any]:
     `load_max`, `load_min`: largest and smallest load of any expert times E (1 = even). `load_entropy`: mean over layers of the load's
     entropy over ln E. `dead_experts`: a count over all layers. `balance`, `router_z`: mean values of the loss terms.
     `router_grad_norm`: over all layers, before clipping. `table/load` (layers x E) and `table/load_by_domain`
-    (domains x layers x E) are shares that sum to 1 over E; `table/layers` names the blocks.
+    (domains up to the last one met x layers x E) are shares that sum to 1 over E; `table/layers` names the blocks.
     """
     figures = _loads(context)
     for name in ("balance", "router_z"):
@@ -57,8 +57,10 @@ def _loads(context: RouteContext) -> dict[str, Any]:
         "table/load": share_LE.tolist(),
         "table/layers": layers,
     }
-    if counts_LGE.shape[1] > 1:
-        figures["table/load_by_domain"] = _shares(counts_LGE[:, :-1].transpose(0, 1)).tolist()
+    by_domain_GLE = counts_LGE[:, :-1].transpose(0, 1)
+    met = by_domain_GLE.sum(dim=(1, 2)).nonzero()
+    if len(met):
+        figures["table/load_by_domain"] = _shares(by_domain_GLE[: int(met[-1]) + 1]).tolist()
     return figures
 
 

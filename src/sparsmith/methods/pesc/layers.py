@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsmith.ops.adapter_experts import grouped_experts, grouped_supported, loop_experts, masked_experts
-from sparsmith.ops.balance import balance_loss, expert_counts, z_loss
+from sparsmith.ops.balance import balance_loss, z_loss
 from sparsmith.ops.cost import choose_path
 from sparsmith.ops.routing import Routing, route_dense, route_hashed, route_learned
+
+
+# G: domains told apart in the statistics. A fixed number, because counting them would wait for the device.
+DOMAIN_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,16 @@ class RouteContext:
     handed: Any = None
     """(token_mask, ids, positions, domain) given for the next forward, shapes (B, S)."""
     open: bool = False
+    groups: Tensor | None = None
+    """(T, G+1) 1 where a token is of the domain; the last column is for tokens of none; all 0 for padding"""
     counts: dict[int, Tensor] = field(default_factory=dict)
-    """layer -> (G+1, E) slots taken per domain since the last reading; the last row holds tokens of no domain"""
+    """layer -> (G+1, E) slots taken since the last reading"""
     terms: dict[str, list[Tensor]] = field(default_factory=dict)
     """name -> detached values since the last reading"""
-    domains: int = 0
-    """G, the highest domain index met + 1 (fixed by whoever hands batches)"""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RouteContext:
+        """A copied model starts with a context of its own: what is held here belongs to a forward of the original."""
+        return RouteContext()
 
     def hand(self, mask: Tensor | None, ids: Tensor, positions: Tensor | None, domain: Tensor | None) -> None:
         """Give the next forwards over `ids` their mask, positions and domains, (B, S) each."""
@@ -93,16 +101,13 @@ class RouteContext:
         self, ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int
     ) -> None:
         """Open a forward over (B, S) = `shape` tokens of which `past` come before in a cache."""
-        self.layers, self.open, self.domain = {}, True, None
+        self.layers, self.open, self.domain, self.groups = {}, True, None, None
         if self.handed is not None and tuple(self.handed[1].shape) == shape and past == 0:
             mask, ids, handed_positions, domain = self.handed
             positions = handed_positions if handed_positions is not None else positions
             self.domain = None if domain is None else domain.reshape(-1)
-        if mask is not None:
-            if mask.dim() == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
-                mask = mask.bool()
-            else:
-                mask = None
+        fits = mask is not None and mask.dim() == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]
+        mask = mask.bool() if fits and mask is not None else None
         if positions is None or positions.dim() != 2:
             positions = _positions(mask, shape, past, ids)
         self.mask = None if mask is None else mask[:, -shape[1] :].reshape(-1)
@@ -119,26 +124,12 @@ class RouteContext:
 
     @torch.no_grad()
     def _count(self, layer: int, indices_TK: Tensor, num_experts: int) -> None:
-        if self.domain is None or not self.domains:
-            rows = expert_counts(indices_TK, num_experts, self.mask)[None]
-        else:
-            group_TG = self.domain.to(indices_TK.device)[:, None] == torch.arange(
-                self.domains, device=indices_TK.device
-            )
-            group_TG = torch.cat([group_TG, ~group_TG.any(dim=1, keepdim=True)], dim=1).to(torch.float32)
-            if self.mask is not None:
-                group_TG = group_TG * self.mask[:, None]
-            taken_TE = torch.zeros(indices_TK.shape[0], num_experts, device=indices_TK.device).scatter(
-                1, indices_TK, 1.0
-            )
-            rows = group_TG.t() @ taken_TE
+        if self.groups is None:
+            self.groups = _groups(self.domain, self.mask, indices_TK)
+        taken_TE = torch.zeros(indices_TK.shape[0], num_experts, device=indices_TK.device).scatter(1, indices_TK, 1.0)
+        rows = self.groups.to(indices_TK.device).t() @ taken_TE
         known = self.counts.get(layer)
-        if known is not None and known.shape == rows.shape:
-            known += rows
-        else:
-            if known is not None:
-                rows[-1] += known.sum(dim=0)
-            self.counts[layer] = rows
+        self.counts[layer] = rows if known is None else known.add_(rows)
 
     def losses(self, settings: PescSettings) -> dict[str, Tensor]:
         """`balance` and `router_z` of the forward that has just run, each the mean over layers; nothing without router logits."""
@@ -165,10 +156,22 @@ class RouteContext:
     def clear(self) -> None:
         """Drop what belongs to one forward. Counts stay until they are read."""
         self.layers, self.handed, self.open = {}, None, False
-        self.mask = self.ids = self.positions = self.domain = None
+        self.mask = self.ids = self.positions = self.domain = self.groups = None
 
     def reset_window(self) -> None:
         self.counts, self.terms = {}, {}
+
+
+def _groups(domain_T: Tensor | None, mask_T: Tensor | None, indices_TK: Tensor) -> Tensor:
+    """(T, G+1) membership; a domain index out of range counts as none."""
+    tokens, device = indices_TK.shape[0], indices_TK.device
+    if domain_T is None:
+        column_T = torch.full((tokens,), DOMAIN_SLOTS, device=device)
+    else:
+        domain_T = domain_T.to(device)
+        column_T = torch.where((domain_T < 0) | (domain_T >= DOMAIN_SLOTS), DOMAIN_SLOTS, domain_T)
+    groups = (column_T[:, None] == torch.arange(DOMAIN_SLOTS + 1, device=device)).to(torch.float32)
+    return groups if mask_T is None else groups * mask_T.to(device)[:, None]
 
 
 def _positions(mask: Tensor | None, shape: tuple[int, int], past: int, ids: Tensor | None) -> Tensor:

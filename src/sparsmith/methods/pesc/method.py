@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -126,6 +127,17 @@ class PescMethod(Method):
 
     def health(self, metrics: Mapping[str, Any]) -> str:
         return health.words(metrics)
+
+    def fold_scale(self, model: nn.Module, config: PescConfig) -> PescConfig:
+        """U <- s U, then s = 1: for runtimes that know no scale."""
+        if not config.has_adapters:
+            return config
+        for _, adapters in adapters_of(model):
+            adapters.up.data.mul_(adapters.settings.adapter_scale)
+            adapters.settings = replace(adapters.settings, adapter_scale=1.0)
+        model.settings = replace(model.settings, adapter_scale=1.0)
+        model.config.pesc["adapter_scale"] = 1.0
+        return config.model_copy(update={"adapter_scale": float(config.top_k if config.control == "single_adapter" else 1)})
 
     def standalone_sources(self) -> tuple[str, ...]:
         return (

@@ -61,12 +61,14 @@ class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = {"pesc"}
 
     def __init__(self, config: SparsmithPescConfig, base: nn.Module | None = None) -> None:
-        super().__init__(config)
-        self._grafting = base is not None
+        grafting = base is not None
         if base is None:
-            base = AutoModelForCausalLM.from_config(
-                config.base_config, attn_implementation=config._attn_implementation, dtype=config.dtype
-            )
+            wanted = {} if config._attn_implementation is None else {"attn_implementation": config._attn_implementation}
+            base = AutoModelForCausalLM.from_config(config.base_config, dtype=config.dtype, **wanted)
+        # the base has chosen what its family supports; asking for another would be refused or ignored
+        config._attn_implementation_internal = base.config._attn_implementation
+        super().__init__(config)
+        self._grafting = grafting
         self.settings = PescSettings.from_dict(config.pesc)
         self.route_context = RouteContext()
         graft(base, self.settings, self.route_context)
@@ -103,12 +105,13 @@ class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return getattr(self.base, self.settings.blocks.split(".")[0])
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any):
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
         """Non-reentrant only: the reentrant form cuts the gradient of the routing losses."""
-        wanted = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if wanted["use_reentrant"]:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("PESC needs gradient checkpointing with use_reentrant=False.")
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=wanted, **kwargs)
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any):
         """As the base. With `labels` while training, the loss holds the weighted routing losses too."""

@@ -1,0 +1,168 @@
+"""The cost of a PESC layer over the dense FFN that it wraps. `python -m benchmarks.pesc_layer`
+
+One process, repeats of all candidates interleaved, so that a noisy machine disturbs them alike; medians, and ratios of medians to the
+dense FFN. Training step: forward and backward, adapters and router trained, FFN frozen, gradient through it to the input (also in the
+dense reference). Writes benchmarks/results/pesc_layer.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsmith.methods.pesc.layers import PescFFN, PescSettings, RouteContext
+
+RESULT = Path(__file__).parent / "results" / "pesc_layer.json"
+PATHS = ("auto", "masked", "grouped", "loop")
+# the bounds that the project has set itself, as ratios
+BOUNDS = {"forward": 1.20, "training": 1.35, "loop_over_pesc": 1.30}
+
+
+class GatedFFN(nn.Module):
+    """The FFN of a Llama block."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def candidates(args: argparse.Namespace) -> dict[str, tuple[nn.Module, RouteContext]]:
+    """The dense FFN and, around the same weights, a PESC layer for each path."""
+    torch.manual_seed(0)
+    ffn = GatedFFN(args.hidden, args.width).requires_grad_(False)
+    settings = PescSettings(args.experts, args.top_k, args.adapter_dim, 0.25, layers=(0,))
+    built: dict[str, tuple[nn.Module, RouteContext]] = {"dense": (ffn, RouteContext())}
+    for path in PATHS:
+        context = RouteContext()
+        layer = PescFFN(ffn, replace(settings, path=path), 0, args.hidden, context)
+        nn.init.normal_(layer.pesc.up, std=0.02)
+        built[path] = (layer.train(), context)
+    return built
+
+
+def forward(layer: nn.Module, context: RouteContext, x: Tensor) -> None:
+    with torch.no_grad():
+        context.begin(None, None, None, (x.shape[0], x.shape[1]), 0)
+        layer(x)
+        context.clear()
+
+
+def training_step(layer: nn.Module, context: RouteContext, x: Tensor, grad: Tensor) -> None:
+    x = x.detach().requires_grad_()
+    context.begin(None, None, None, (x.shape[0], x.shape[1]), 0)
+    layer(x).backward(grad)
+    context.clear()
+    for parameter in layer.parameters():
+        parameter.grad = None
+
+
+def measure(tasks: dict[str, Callable[[], None]], repeats: int, warm_up: int = 3) -> dict[str, dict[str, float]]:
+    """Milliseconds of each task: median, smallest, quartiles over interleaved repeats."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for repeat in range(warm_up + repeats):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if repeat >= warm_up:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {
+        name: {
+            "median": statistics.median(values),
+            "smallest": min(values),
+            "quartile_1": statistics.quantiles(values, n=4)[0],
+            "quartile_3": statistics.quantiles(values, n=4)[2],
+        }
+        for name, values in times.items()
+    }
+
+
+def machine() -> dict[str, str | int]:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), name)
+    return {
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Every figure, as it is written."""
+    torch.set_num_threads(args.threads)
+    built = candidates(args)
+    x, grad = torch.randn(1, args.tokens, args.hidden), torch.randn(1, args.tokens, args.hidden)
+    forwards = measure({n: lambda m=m, c=c: forward(m, c, x) for n, (m, c) in built.items()}, args.repeats)
+    steps = measure({n: lambda m=m, c=c: training_step(m, c, x, grad) for n, (m, c) in built.items()}, args.repeats)
+    auto, _ = built["auto"]
+    ratios = {
+        "forward": {n: v["median"] / forwards["dense"]["median"] for n, v in forwards.items()},
+        "training": {n: v["median"] / steps["dense"]["median"] for n, v in steps.items()},
+        "loop_over_pesc": steps["loop"]["median"] / steps["auto"]["median"],
+    }
+    passed = {
+        "forward": ratios["forward"]["auto"] <= BOUNDS["forward"],
+        "training": ratios["training"]["auto"] <= BOUNDS["training"],
+        "loop_over_pesc": ratios["loop_over_pesc"] >= BOUNDS["loop_over_pesc"],
+    }
+    return {
+        "command": "python -m benchmarks.pesc_layer",
+        "machine": machine(),
+        "sizes": {k: v for k, v in vars(args).items() if k != "out"},
+        "auto_takes": auto.pesc.path_for(x.reshape(args.tokens, -1)),
+        "forward_ms": forwards,
+        "training_ms": steps,
+        "ratios": ratios,
+        "bounds": BOUNDS,
+        "passed": passed,
+    }
+
+
+def table(result: dict) -> str:
+    lines = [f"{'':10}{'forward ms':>12}{'x dense':>9}{'training ms':>13}{'x dense':>9}"]
+    for name in result["forward_ms"]:
+        forward_ms, step_ms = result["forward_ms"][name]["median"], result["training_ms"][name]["median"]
+        ratios = result["ratios"]
+        lines.append(
+            f"{name:10}{forward_ms:12.2f}{ratios['forward'][name]:9.3f}{step_ms:13.2f}{ratios['training'][name]:9.3f}"
+        )
+    lines.append(f"auto takes {result['auto_takes']}; loop / auto in training {ratios['loop_over_pesc']:.2f}")
+    lines.append(f"bounds {result['bounds']}: {result['passed']}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("hidden", 768), ("width", 2048), ("experts", 8), ("top-k", 2), ("adapter-dim", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("tokens", 1024), ("threads", 2), ("repeats", 31)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    result = run(args)
+    print(table(result))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
