@@ -48,7 +48,7 @@ class Screen:
         else:
             from rich.console import Console
 
-            Console(file=self.out, width=None if sys.stdout.isatty() else 120).print(result)
+            Console(file=self.out, width=None if sys.stdout.isatty() else 160).print(result)
 
     def stream(self, text: str) -> None:
         """Print a piece of text as it comes (nothing with `--json`)."""
