@@ -7,6 +7,7 @@ measured on held-out rows of three domains; the sparse one is exported and opene
 from __future__ import annotations
 
 import time
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def demo(out: str | Path = "sparsmith-demo", *, console: Console | None = None, steps: int = STEPS) -> dict[str, Any]:
-    """Run the demonstration and return its figures.
+def demo(out: str | Path | None = None, *, console: Console | None = None, steps: int = STEPS) -> dict[str, Any]:
+    """Run the demonstration; returns `seconds` and the paths `export` and `report`.
 
     Args:
-        out: a new folder for rows, runs, export and report.
+        out: a new folder for rows, runs, export and report; absent = the first free one of runs/demo, runs/demo-2, ...
         console: where tables and progress are drawn.
         steps: optimiser steps of each tuning.
 
@@ -45,7 +46,7 @@ def demo(out: str | Path = "sparsmith-demo", *, console: Console | None = None, 
     from sparsmith.embedded.tasks import DOMAINS, write_jsonl
 
     console = console or Console()
-    folder = Path(out).absolute()
+    folder = Path(out).absolute() if out else _free(Path("runs/demo").absolute())
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(
             str(folder), "a folder that is not empty", "a new folder", "Remove it, or give --out another name."
@@ -61,11 +62,16 @@ def demo(out: str | Path = "sparsmith-demo", *, console: Console | None = None, 
         console.print(plan_recipe(recipe))
         baseline = baseline or Baseline()
         runs[label] = tune(recipe, console=console, label=label, baseline=baseline)
-    exported = export(runs["PESC"], folder / "export")
+    export(runs["PESC"], folder / "export")
     page = report(list(runs.values()), folder / "report.html")
-    figures = {"seconds": time.perf_counter() - begun, "runs": runs, "export": exported, "report": page}
-    _show(figures, console)
-    return figures
+    _show(runs, console)
+    seconds = round(time.perf_counter() - begun, 1)
+    return {"seconds": seconds, "export": str(folder / "export"), "report": str(page)}
+
+
+def _free(folder: Path) -> Path:
+    names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists() or not any(name.iterdir()))
 
 
 def _recipe(shape: dict[str, Any], output: Path, rows: dict[str, Path], domains: tuple[str, ...], steps: int) -> Recipe:
@@ -109,20 +115,20 @@ def _recipe(shape: dict[str, Any], output: Path, rows: dict[str, Path], domains:
     )
 
 
-def _show(figures: dict[str, Any], console: Console) -> None:
-    """Table, expert load by domain, proof, samples, path of the report."""
+def _show(runs: dict[str, Path], console: Console) -> None:
+    """Table, expert load by domain, samples, proof."""
     from rich.table import Table
 
     from sparsmith.evaluating import EvalResult, result_table
 
     results: dict[str, EvalResult] = {}
-    for label, run in figures["runs"].items():
+    for label, run in runs.items():
         evaluation = read_json(run / "eval.json")
         results.setdefault("base", EvalResult.from_json(evaluation["base"]))
         results[label] = EvalResult.from_json(evaluation["tuned"])
     console.print()
     console.print(result_table(results, title="Held-out rows"))
-    run = figures["runs"]["PESC"]
+    run = runs["PESC"]
     tables = read_json(run / "tables.json")["pesc"]
     console.print(_load_table(tables))
     samples = Table(title="Three samples", title_justify="left")
@@ -136,9 +142,6 @@ def _show(figures: dict[str, Any], console: Console) -> None:
         passed = all(check.get("passed", True) for check in checks.values() if isinstance(check, dict))
         passed = passed and checks.get("passed", True)
         console.print(f"proof, {phase}: {'passed' if passed else 'FAILED'}  {checks.get('check', '')}", highlight=False)
-    console.print(f"export: {figures['runs']['PESC'].parents[1] / 'export'}", highlight=False, soft_wrap=True)
-    console.print(f"report: {figures['report']}", highlight=False, soft_wrap=True)
-    console.print(f"{figures['seconds']:.0f} seconds", highlight=False)
 
 
 def _load_table(tables: dict[str, Any]) -> Any:
