@@ -25,7 +25,7 @@ __all__ = ["DOMAINS", "LEVELS", "SPLITS", "TASKS", "generate", "write_jsonl"]
 
 TASKS: tuple[Task, ...] = (*maths.TASKS, *text.TASKS, *code.TASKS)
 DOMAINS: tuple[str, ...] = (maths.DOMAIN, text.DOMAIN, code.DOMAIN)
-_PATIENCE = 40  # draws of questions already asked, before a small task may repeat one
+_PATIENCE = 10  # draws of questions already asked, before a small task may repeat one
 
 Row = dict[str, Any]
 

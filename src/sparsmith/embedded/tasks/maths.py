@@ -30,13 +30,6 @@ def add(random: Random, level: int) -> Question:
     return Question(f"{low}+{high}", f"{a} + {b} =", str(a + b))
 
 
-def subtract(random: Random, level: int) -> Question:
-    high_answer, high_taken = ((9, 9), (89, 9), (89, 89))[level - 1]
-    taken = random.randint(0, high_taken)
-    whole = taken + random.randint(0, high_answer)
-    return Question(f"{whole}-{taken}", f"{whole} - {taken} =", str(whole - taken))
-
-
 def larger(random: Random, level: int) -> Question:
     a, b = _pair(random, level)
     low, high = sorted((a, b))
@@ -51,6 +44,18 @@ def less_than(random: Random, level: int) -> Question:
 def parity(random: Random, level: int) -> Question:
     number = _digits(random, level + 1)
     return Question(str(number), f"Is {number} even or odd?", "odd" if number % 2 else "even")
+
+
+def multiple_of_five(random: Random, level: int) -> Question:
+    number = _digits(random, level + 1)
+    if random.random() < 0.5:  # one number in five would make "no" right four times out of five
+        number -= number % 5
+    return Question(str(number), f"Is {number} a multiple of 5?", "no" if number % 5 else "yes")
+
+
+def count_digits(random: Random, level: int) -> Question:
+    number = _digits(random, random.randint(2, 3 + level))
+    return Question(str(number), f"How many digits has {number}?", str(len(str(number))))
 
 
 def next_number(random: Random, level: int) -> Question:
@@ -68,5 +73,5 @@ def times_ten(random: Random, level: int) -> Question:
 
 TASKS = tuple(
     Task(name=ask.__name__, domain=DOMAIN, ask=ask)
-    for ask in (add, subtract, larger, less_than, parity, next_number, times_ten)
+    for ask in (add, larger, less_than, parity, multiple_of_five, count_digits, next_number, times_ten)
 )

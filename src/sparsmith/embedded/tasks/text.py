@@ -1,76 +1,92 @@
-"""Letters and words. Letters are written apart, since a subword vocabulary hides how a word is spelled."""
+"""Sentences, words and letters. Letters are written apart, since a subword vocabulary hides how a word is spelled."""
 
 from __future__ import annotations
 
 from random import Random
 from string import ascii_lowercase
 
+from sparsmith.embedded.tasks import words as lists
 from sparsmith.embedded.tasks.task import Question, Task
-from sparsmith.embedded.tasks.words import CATEGORIES, NOUNS, OPPOSITES
 
 DOMAIN = "text"
 
 
-def _letters(random: Random, count: int) -> list[str]:
-    return random.sample(ascii_lowercase, count)
+def _letters(random: Random, count: int) -> str:
+    return " ".join(random.sample(ascii_lowercase, count))
+
+
+def sentiment(random: Random, level: int) -> Question:
+    """Of a verb (level 1), of an adjective too (2), and turned round by a negation (3)."""
+    is_liked = random.random() < 0.5
+    person = random.choice(("I", "We", "They", "You"))
+    colour, thing = random.choice(lists.CATEGORIES["colour"]), random.choice(tuple(lists.PLURALS))
+    negated = level == 3 and random.random() < 0.5
+    if level > 1 and random.random() < 0.5:
+        adjective = random.choice(lists.PRAISE if is_liked else lists.BLAME)
+        sentence = f"The {colour} {thing} is {'not ' if negated else ''}{adjective}."
+    else:
+        verb = random.choice(lists.LIKING if is_liked else lists.DISLIKING)
+        sentence = f"{person} {'do not ' if negated else ''}{verb} the {colour} {thing}."
+    answer = "positive" if is_liked != negated else "negative"
+    return Question(sentence, f"Positive or negative: {sentence}", answer)
+
+
+def tense(random: Random, level: int) -> Question:
+    """Simple forms (level 1), with a negation (2), progressive (3)."""
+    verb = random.choice(lists.VERBS)
+    forms = (
+        {"past": f"{verb}ed", "present": f"{verb}s", "future": f"will {verb}"},
+        {"past": f"did not {verb}", "present": f"does not {verb}", "future": f"will not {verb}"},
+        {"past": f"was {verb}ing", "present": f"is {verb}ing", "future": f"will be {verb}ing"},
+    )[level - 1]
+    answer = random.choice(("past", "present", "future"))
+    place = random.choice(("park", "school", "garden", "street", "house"))
+    sentence = f"{random.choice(lists.PEOPLE)} {forms[answer]} in the {place}."
+    return Question(sentence, f"Past, present or future: {sentence}", answer)
+
+
+def one_or_many(random: Random, level: int) -> Question:
+    """Told by the article too (level 1), by the ending alone (2), by an irregular form (3)."""
+    nouns = lists.IRREGULAR_PLURALS if level == 3 else lists.PLURALS
+    noun, colour = random.choice(tuple(nouns)), random.choice(lists.CATEGORIES["colour"])
+    answer = random.choice(("one", "many"))
+    article = {"one": "a", "many": "some"}[answer] if level == 1 else random.choice(("the", "my", "your", "our"))
+    phrase = f"{article} {colour} {noun if answer == 'one' else nouns[noun]}"
+    return Question(phrase, f"One or many: {phrase}", answer)
+
+
+def category(random: Random, level: int) -> Question:
+    """The category of a word, among `level` others."""
+    names = random.sample(sorted(lists.CATEGORIES), level + 1)
+    word, answer = random.choice(lists.CATEGORIES[names[0]]), names[0]
+    content = f"{word}:{','.join(sorted(names))}"
+    random.shuffle(names)
+    return Question(content, f"What is {word}: {', '.join(names)}?", answer)
+
+
+def count_words(random: Random, level: int) -> Question:
+    words = random.choices(lists.NOUNS, k=random.randint(1, 2 + 2 * level))
+    shown = " ".join(words)
+    return Question(shown, f"How many words: {shown}", str(len(words)))
+
+
+def last_word(random: Random, level: int) -> Question:
+    words = random.sample(lists.NOUNS, 2 * level)
+    shown = " ".join(words)
+    return Question(shown, f"Last word: {shown}", words[-1])
 
 
 def capitals(random: Random, level: int) -> Question:
-    letters = " ".join(_letters(random, level + 1))
+    letters = _letters(random, level + 1)
     return Question(letters, f"Write in capitals: {letters}", letters.upper())
 
 
 def reverse(random: Random, level: int) -> Question:
     letters = _letters(random, level + 1)
-    shown = " ".join(letters)
-    return Question(shown, f"Write backwards: {shown}", " ".join(reversed(letters)))
-
-
-def last_word(random: Random, level: int) -> Question:
-    words = random.sample(NOUNS, 2 * level)
-    shown = " ".join(words)
-    return Question(shown, f"Last word: {shown}", words[-1])
-
-
-def first_letter(random: Random, level: int) -> Question:
-    words = random.sample(NOUNS, level)
-    shown = " ".join(words)
-    return Question(shown, f"First letter of each word: {shown}", " ".join(word[0] for word in words))
-
-
-def count_words(random: Random, level: int) -> Question:
-    words = random.choices(NOUNS, k=random.randint(1, 2 + 2 * level))
-    shown = " ".join(words)
-    return Question(shown, f"How many words: {shown}", str(len(words)))
-
-
-def alphabet_order(random: Random, level: int) -> Question:
-    letters = _letters(random, level + 1)
-    ordered = sorted(letters)
-    return Question(" ".join(ordered), f"Sort the letters: {' '.join(letters)}", " ".join(ordered))
-
-
-def category(random: Random, level: int) -> Question:
-    """One word of the category asked for, among `level` words of other categories."""
-    names = random.sample(sorted(CATEGORIES), level + 1)
-    words = [random.choice(CATEGORIES[name]) for name in names]
-    answer = words[0]
-    content = f"{names[0]}:{','.join(sorted(words))}"
-    random.shuffle(words)
-    return Question(content, f"Which one is a kind of {names[0]}: {', '.join(words)}?", answer)
-
-
-def opposite(random: Random, level: int) -> Question:
-    """The opposite of a word, among `level` words of other pairs."""
-    chosen = random.sample(OPPOSITES, level + 1)
-    asked, answer = random.sample(chosen[0], 2)
-    words = [answer, *(random.choice(pair) for pair in chosen[1:])]
-    content = f"{asked}:{','.join(sorted(words))}"
-    random.shuffle(words)
-    return Question(content, f"Which one is the opposite of {asked}: {', '.join(words)}?", answer)
+    return Question(letters, f"Write backwards: {letters}", letters[::-1])
 
 
 TASKS = tuple(
     Task(name=ask.__name__, domain=DOMAIN, ask=ask)
-    for ask in (capitals, reverse, last_word, first_letter, count_words, alphabet_order, category, opposite)
+    for ask in (sentiment, tense, one_or_many, category, count_words, last_word, capitals, reverse)
 )
