@@ -34,6 +34,7 @@ FLOORS = {
     "exporting": 5,
     "evaluating": 6,
     "reporting": 6,
+    "protocols": 6,
     "app": 7,
     "cli": 8,
 }

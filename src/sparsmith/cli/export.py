@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,9 +11,23 @@ from sparsmith.cli.options import Debug, Json, folder, new_path
 from sparsmith.cli.screen import SCREEN
 
 
+class Dtype(StrEnum):
+    """Number types that a folder may be written in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new folder.")],
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Number type of the base's weights; absent = as they are.")
+    ] = None,
+    fold_scale: Annotated[
+        bool, typer.Option("--fold-scale", help="Multiply constant scales into the weights.")
+    ] = False,
     proof: Annotated[bool, typer.Option(help="Open the folder in a clean process and compare logits.")] = True,
     json: Json = False,
     debug: Debug = False,
@@ -21,4 +36,5 @@ def export(
     source, target = folder(run, "RUN"), new_path(out, "OUT")
     from sparsmith import app
 
-    SCREEN.show(app.export(source, target, proof=proof), "export")
+    chosen = dtype.value if dtype else None
+    SCREEN.show(app.export(source, target, dtype=chosen, fold_scale=fold_scale, proof=proof), "export")

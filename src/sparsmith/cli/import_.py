@@ -24,14 +24,13 @@ def camelidae(
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token, where the config lacks it.")] = None,
     rope_theta: Annotated[float | None, typer.Option(help="Rotary base, for bases known to differ from 10000.")] = None,
+    base: Annotated[str | None, typer.Option(help="The dense base, where DIR holds the experts alone.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """A published PESC checkpoint (Camelidae layout) becomes ours."""
     source, target = folder(directory, "DIR"), new_path(out, "OUT")
+    figures = {"adapter_dim": adapter_dim, "adapter_scale": adapter_scale, "top_k": top_k, "rope_theta": rope_theta}
     from sparsmith import app as functions
 
-    result = functions.import_camelidae(
-        source, target, adapter_dim=adapter_dim, adapter_scale=adapter_scale, top_k=top_k, rope_theta=rope_theta
-    )
-    SCREEN.show(result, "checkpoint")
+    SCREEN.show(functions.import_camelidae(source, target, base=base, **figures), "checkpoint")

@@ -36,9 +36,10 @@ class Screen:
             sys.stdout, self.out = self.out, None
 
     def show(self, result: Any, label: str = "result") -> None:
-        """Print a verb's result: a path, text, a dictionary, or an object with `as_dict` that rich can print."""
+        """Print a verb's result: a path, text, a dictionary, or an object with `as_dict` (or `to_json`) that rich can
+        print (or with a `table`)."""
         if self.json:
-            self._print(json.dumps(_as_data(result, label), ensure_ascii=False, default=str))
+            self._print(json.dumps(_as_data(result, label), ensure_ascii=False, default=_plain))
         elif isinstance(result, Path):
             self._print(f"{label}: {result}")
         elif isinstance(result, str):
@@ -48,7 +49,8 @@ class Screen:
         else:
             from rich.console import Console
 
-            Console(file=self.out, width=None if sys.stdout.isatty() else 160).print(result)
+            shown = result if hasattr(result, "__rich__") or not hasattr(result, "table") else result.table()
+            Console(file=self.out, width=None if sys.stdout.isatty() else 160).print(shown)
 
     def stream(self, text: str) -> None:
         """Print a piece of text as it comes (nothing with `--json`)."""
@@ -82,9 +84,15 @@ class Screen:
 
 
 def _as_data(result: Any, label: str) -> Any:
-    if isinstance(result, Path | str):
-        return {label: str(result)}
-    return result.as_dict() if hasattr(result, "as_dict") else result
+    return {label: str(result)} if isinstance(result, Path | str) else _plain(result)
+
+
+def _plain(value: Any) -> Any:
+    """An object as data, if it knows how; else as text."""
+    for method in ("as_dict", "to_json"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    return value if isinstance(value, dict | list) else str(value)
 
 
 def drop_output() -> None:

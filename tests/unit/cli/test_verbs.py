@@ -18,12 +18,13 @@ VERBS: dict[str, set[str]] = {
     "tune": OVERRIDES,
     "eval": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--seed"},
     "generate": {"RUN|MODEL", "--prompt", "-p", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--raw"},
-    "export": {"RUN", "OUT", "--proof", "--no-proof"},
+    "export": {"RUN", "OUT", "--dtype", "--fold-scale", "--proof", "--no-proof"},
     "report": {"RUN...", "--out"},
     "verify": {"DIR"},
     "doctor": set(),
     "data show": OVERRIDES | {"--rows", "-n"},
-    "import camelidae": {"DIR", "OUT", "--adapter-dim", "--adapter-scale", "--top-k", "--rope-theta"},
+    "import camelidae": {"DIR", "OUT", "--adapter-dim", "--adapter-scale", "--top-k", "--rope-theta", "--base"},
+    "protocol": OVERRIDES | {"NAME", "--controls", "--seeds"},
 }
 
 

@@ -100,6 +100,25 @@ def test_a_path_and_an_object(plan, capsys):
     assert capsys.readouterr().out == "text\n"
 
 
+class Result:
+    """Data that knows its table, as an evaluation does."""
+
+    def to_json(self):
+        return {"value": 1}
+
+    def table(self):
+        return "a table"
+
+
+def test_an_object_with_a_table(plan, capsys):
+    plan(Result())
+    assert main(["plan", "r.yaml"]) == 0
+    assert capsys.readouterr().out == "a table\n"
+    plan({"path": Path("x"), "inner": Result()})
+    assert main(["plan", "r.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": "x", "inner": {"value": 1}}
+
+
 def test_faults_of_a_recipe_are_a_line_each(tmp_path, capsys):
     file = write(tmp_path, GOOD.replace("steps: 10", "stesp: 10").replace("name: facts", "name: shell"))
     assert main(["plan", str(file), "train.sede=1"]) == 3
