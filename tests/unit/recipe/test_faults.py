@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sparsmith.errors import RecipeError, RecipeErrors
@@ -227,3 +229,34 @@ def test_faults_as_data(tmp_path):
     data = caught.value.as_dict()
     assert data["kind"] == "RecipeErrors"
     assert {"kind", "where", "found", "expected", "mend"} == set(data["faults"][0])
+
+
+HOSTILE = [
+    "..",
+    ".",
+    "../x",
+    "a/../../x",
+    "/etc/x",
+    "a/b",
+    "a\\b",
+    "C:x",
+    "~",
+    "~/x",
+    "-x",
+    " a",
+    "a ",
+    "a\n",
+    "",
+    "é",
+    "a\tb",
+    "x" * 65,
+]
+
+
+@pytest.mark.parametrize("field", ["name", "domain"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_no_path(name, field):
+    text = GOOD.replace("name: sums", "name: s").replace(
+        f"{field}: {'s' if field == 'name' else 'maths'}", f"{field}: {json.dumps(name)}", 1
+    )
+    assert [fault.where.split(": ")[-1] for fault in faults(text)] == [f"data.train.0.{field}"]
