@@ -22,6 +22,8 @@ METRICS: dict[str, tuple[str, bool]] = {
     "rank_margin": ("rank margin, nats", True),
 }
 """Metric -> (words, whether larger is better)."""
+NATS = ("loss", "rank_margin")
+"""Metrics that are no shares."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class EvalResult:
         """Plain data for a JSON file."""
         return {
             "format": FORMAT,
+            "metrics": {
+                metric: {"title": words, "larger_is_better": larger, "unit": "nats" if metric in NATS else "share"}
+                for metric, (words, larger) in METRICS.items()
+                if any(metric in metrics for metrics in self.rows.values())
+            },
             "sets": _plain(self.sets),
             "domains": _plain(self.domains),
             "overall": _plain({"": self.overall})[""],

@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsmith.bootstrap import Figure
-from sparsmith.evaluating.result import METRICS, EvalResult
+from sparsmith.evaluating.result import METRICS, NATS, EvalResult
 
 _SHOWN = ("loss", "exact_match", "rank", "rank_by_token", "rank_by_byte")
 
 
 def number(figure: Figure, metric: str) -> str:
     """`2.314 [2.201, 2.420]`; shares in percent: `41.0 % [34.5, 47.5]`."""
-    if metric in ("loss", "rank_margin"):
+    if metric in NATS:
         return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
     return f"{100 * figure.value:.1f} % [{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
 
