@@ -53,22 +53,26 @@ class ChatEncoder:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """What stands before the last answer (or after the last question), as ids, the bos included."""
+        messages = before_answer(messages)
+        if messages[0]["role"] == "text":
+            return []
         if self._spells(messages):
-            ids = self._ids(before_answer(messages), add_generation_prompt=True)
+            ids = self._ids(messages, add_generation_prompt=True)
             return one_bos(ids, [False] * len(ids), self.bos, self.eos).ids
-        text = self._render(before_answer(messages), add_generation_prompt=True)
-        row = encode_segments(self.tokenizer, [[Segment(text)]], self.bos, self.eos)[0]
-        return row.ids if isinstance(row, TokenRow) else []
+        text = self._render(messages, add_generation_prompt=True)
+        return encode_segments(self.tokenizer, [[Segment(text)]], self.bos, self.eos)[0].ids
+
+    def prompts_ids(self, rows: list[Messages]) -> list[list[int]]:
+        """`prompt_ids` of many conversations."""
+        return [self.prompt_ids(row) for row in rows]
 
     def _encode(self, messages: Messages) -> TokenRow:
         if messages[0]["role"] == "text":
             plain = self._spells(messages)
             end = Segment(ids=(self.eos,), trained=True) if self.eos is not None else Segment(ids=())
-            row = encode_segments(
+            return encode_segments(
                 self.tokenizer, [[Segment(messages[0]["content"], True, plain), end]], self.bos, self.eos
             )[0]
-            assert isinstance(row, TokenRow)
-            return row
         if self._spells(messages):
             ids, trained = self._spans_of_ids(messages)
         elif self.marked:
@@ -128,7 +132,6 @@ class ChatEncoder:
             done = len(after)
         segments.append(Segment(whole[done:]))
         row = encode_segments(self.tokenizer, [[part for part in segments if part.text]], None, -1)[0]
-        assert isinstance(row, TokenRow)
         return row.ids, row.trained
 
     def _spans_of_ids(self, messages: Messages) -> tuple[list[int], list[bool]]:

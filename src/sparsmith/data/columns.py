@@ -29,8 +29,17 @@ class Columns:
                 raise DataError(
                     f"{source}:columns", f"the field `{ours}`", "a field of ours", nearest(ours, OUR_FIELDS)
                 )
+        self._answering: Columns | None = None
         self.mapping = dict(mapping)
         self.templates = {ours: parse_template(text, f"{source}:columns.{ours}") for ours, text in mapping.items()}
+
+    def reading_answer_from(self, column: str) -> Columns:
+        """The same, with the answer of every format in `column`."""
+        if self._answering is None:
+            self._answering = Columns({}, "")
+            self._answering.mapping = {**self.mapping, "output": column, "completion": column}
+            self._answering.templates = {**self.templates, "output": None, "completion": None}
+        return self._answering
 
     def __contains__(self, ours: str) -> bool:
         return ours in self.mapping

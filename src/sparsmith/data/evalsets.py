@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsmith.data.messages import Messages
 from sparsmith.data.prepare import encode_rows, read_counts
 from sparsmith.data.rows import Reject, RowFault
 from sparsmith.data.sources import Example, read_rows
@@ -84,13 +83,14 @@ def load_eval(source: EvalSource, domain_index: int, settings: DataSettings, enc
     stop = (source.on_bad_row or settings.on_bad_row) == "stop"
     encoded = encode_rows(rows.rows, rows.rejects, encoder, settings, stop)
     counts = read_counts(rows) | {"domain": source.domain, "over_long": 0, "truncated": 0, "all_masked": 0}
-    kept: list[EvalRow] = []
+    fitting: list[tuple[Example, TokenRow]] = []
     for example, tokens in encoded:
         row, reason = _fit(example, tokens, settings)
         if reason:
             counts[reason] += 1
         if row is not None:
-            kept.append(_eval_row(example, row, encoder))
+            fitting.append((example, row))
+    kept = _eval_rows(fitting, encoder)
     if not kept:
         raise DataError(
             source.path, f"no row left: {counts}", "a row that can be evaluated", "Check data.max_length and `columns`."
@@ -121,23 +121,35 @@ def _fit(example: Example, row: TokenRow, settings: DataSettings) -> tuple[Token
     return (row, reason) if any(row.trained) else (None, "all_masked")
 
 
-def _eval_row(example: Example, row: TokenRow, encoder: Any) -> EvalRow:
-    messages = example.messages
-    text_alone = messages[0]["role"] == "text"
-    prompt_ids = [] if text_alone else encoder.prompt_ids(messages)
-    completion = messages[-1]["content"]
-    options = example.options or ()
-    return EvalRow(
-        place=f"{example.file}:{example.line}",
-        prompt="" if text_alone else encoder.prompt_text(messages),
-        prompt_ids=prompt_ids,
-        completion=completion,
-        input_ids=row.ids,
-        labels=labels_of(row),
-        options=example.options,
-        option_rows=tuple(_option_row(messages, option, prompt_ids, encoder) for option in options),
-        answer_index=options.index(completion) if completion in options else None,
-    )
+def _eval_rows(fitting: list[tuple[Example, TokenRow]], encoder: Any) -> list[EvalRow]:
+    """The rows with their prompts and options, encoded together."""
+    try:
+        heads = encoder.prompts_ids([example.messages for example, _ in fitting])
+    except RowFault as fault:
+        raise fault.at(fitting[0][0].file, fitting[0][0].line) from None
+    answers = [(example, option) for example, _ in fitting for option in example.options or ()]
+    encoded = iter(encoder.encode([[*e.messages[:-1], {"role": "assistant", "content": text}] for e, text in answers]))
+    rows = []
+    for (example, row), head in zip(fitting, heads):
+        completion = example.messages[-1]["content"]
+        options = tuple(_option_row(option, next(encoded), len(head), example) for option in example.options or ())
+        is_text = example.messages[0]["role"] == "text"
+        rows.append(
+            EvalRow(
+                place=f"{example.file}:{example.line}",
+                prompt="" if is_text else encoder.prompt_text(example.messages),
+                prompt_ids=[] if is_text else head,
+                completion=completion,
+                input_ids=row.ids,
+                labels=labels_of(row),
+                options=example.options,
+                option_rows=options,
+                answer_index=(example.options or ()).index(completion)
+                if completion in (example.options or ())
+                else None,
+            )
+        )
+    return rows
 
 
 def labels_of(row: TokenRow) -> list[int]:
@@ -145,13 +157,10 @@ def labels_of(row: TokenRow) -> list[int]:
     return [token if trained else -100 for token, trained in zip(row.ids, row.trained)]
 
 
-def _option_row(messages: Messages, option: str, prompt_ids: list[int], encoder: Any) -> OptionRow:
-    """The conversation with `option` as its last answer, up to the end of the option's text."""
-    row = encoder.encode([[*messages[:-1], {"role": "assistant", "content": option}]])[0]
+def _option_row(option: str, row: TokenRow | RowFault, head: int, example: Example) -> OptionRow:
+    """The conversation with `option` as its last answer, up to the end of the option's text; `head` tokens are the prompt."""
     if isinstance(row, RowFault):
-        raise row.at("options", 0)
-    head = len(prompt_ids)
+        raise row.at(example.file, example.line)
     stop = max(place for place, trained in enumerate(row.trained) if trained)
     ids = row.ids[:stop] if stop > head else row.ids
-    labels = [-100 if place < head else token for place, token in enumerate(ids)]
-    return OptionRow(option, ids, labels)
+    return OptionRow(option, ids, [-100 if place < head else token for place, token in enumerate(ids)])

@@ -17,7 +17,7 @@ from sparsmith.data.chat import make_encoder
 from sparsmith.data.collate import Collator, pad_id_of
 from sparsmith.data.evalsets import EvalSet, load_eval
 from sparsmith.data.prepare import TokenSet, prepare
-from sparsmith.data.rows import Reject
+from sparsmith.data.rows import Reject, RowFault
 from sparsmith.errors import RecipeError
 from sparsmith.recipe.schema import DataSettings
 
@@ -95,7 +95,10 @@ def render_prompt(
     """
     encoder = make_encoder(tokenizer, "{prompt}" if raw else template, "response")
     head = [{"role": "system", "content": system}] if system else []
-    return encoder.prompt_ids([*head, {"role": "user", "content": prompt}])
+    try:
+        return encoder.prompt_ids([*head, {"role": "user", "content": prompt}])
+    except RowFault as fault:
+        raise fault.at("prompt", 1) from None
 
 
 def load_data(

@@ -14,6 +14,8 @@ from sparsmith.data.columns import Columns, look_up
 from sparsmith.data.messages import NAMES
 from sparsmith.data.rows import RowFault, kind_of
 
+REFERENCE = "\0reference"
+"""Column of the reference as one of the options; no file can hold this name."""
 _HEAD = re.compile(r"^options?:\s*", re.IGNORECASE | re.MULTILINE)
 _ANSWER_FORMAT = re.compile(r"answer format:\s*(\S+(?:/\S+)+)", re.IGNORECASE)
 _LABEL = re.compile(r"\(?([A-Z])[).:]")
@@ -30,14 +32,9 @@ def find_options(
     if field:
         value = columns.value(field, values)
     else:
-        field = "completion"
-        name = next((name for name in NAMES["output"] if name in values), "completion")
-        value = look_up(name, values)
+        value = look_up(next((name for name in NAMES["output"] if name in values), "completion"), values)
     reference, options = _reference(value, options)
-    changed = Columns({**columns.mapping, field: "\0reference"}, "options")
-    if field == "completion" and "instruction" in values and "prompt" not in columns:
-        changed = Columns({**changed.mapping, "output": "\0reference"}, "options")
-    return {**values, "\0reference": reference}, options, changed
+    return {**values, REFERENCE: reference}, options, columns.reading_answer_from(REFERENCE)
 
 
 def _of_column(name: str, value: Any) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ def prepare(
     key = cache.key_of(
         FORMAT_VERSION,
         opened.fingerprints,
-        source.model_dump(mode="json", include={"name", "columns", "format", "limit", "where", "split"}),
+        source.model_dump(mode="json", exclude={"path", "domain", "rate", "cap", "on_bad_row"}),
         seed if source.limit else None,
         tokenizer_hash(encoder.tokenizer),
         settings.template,

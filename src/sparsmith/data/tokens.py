@@ -17,7 +17,6 @@ from string import Formatter
 from typing import Any
 
 from sparsmith.data.messages import Messages
-from sparsmith.data.rows import RowFault
 from sparsmith.errors import DataError, RecipeError, nearest
 
 DEFAULT_TEMPLATE = "### Human:\n{prompt}\n### Assistant:\n"
@@ -95,7 +94,7 @@ class TemplateEncoder:
             raise DataError("tokenizer", "no end-of-sequence token", "a tokenizer with one", "Set tokenizer.eos_token.")
         self.special = special_words(tokenizer)
 
-    def encode(self, rows: list[Messages]) -> list[TokenRow | RowFault]:
+    def encode(self, rows: list[Messages]) -> list[TokenRow]:
         """Token rows of many conversations."""
         return encode_segments(self.tokenizer, [self.segments(row) for row in rows], self.bos, self.eos)
 
@@ -123,8 +122,12 @@ class TemplateEncoder:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """What stands before the last answer (or after the last question), as ids, the bos included."""
-        row = encode_segments(self.tokenizer, [self.segments(before_answer(messages))], self.bos, self.eos)[0]
-        return row.ids if isinstance(row, TokenRow) else []
+        return self.prompts_ids([messages])[0]
+
+    def prompts_ids(self, rows: list[Messages]) -> list[list[int]]:
+        """`prompt_ids` of many conversations."""
+        segments = [self.segments(before_answer(row)) for row in rows]
+        return [row.ids for row in encode_segments(self.tokenizer, segments, self.bos, self.eos)]
 
     def _spells(self, text: str) -> bool:
         return self.special is not None and self.special.search(text) is not None
@@ -165,7 +168,7 @@ def encode_plain(tokenizer: Any, texts: list[str], plain: bool = False) -> list[
     return tokenizer(texts, **options, **more)["input_ids"]
 
 
-def encode_segments(tokenizer: Any, rows: list[list[Segment]], bos: int | None, eos: int) -> list[TokenRow | RowFault]:
+def encode_segments(tokenizer: Any, rows: list[list[Segment]], bos: int | None, eos: int) -> list[TokenRow]:
     """Encode rows of segments: each alone, and each that follows another together with the end of that one."""
     alone, tails, joined = {}, {}, {}
     for r, row in enumerate(rows):
