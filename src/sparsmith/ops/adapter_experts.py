@@ -14,6 +14,8 @@ Shapes: T tokens, D hidden (d), E experts, K per token (k), R adapter dim (r), S
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,47 +80,94 @@ def masked_experts(
     return _MaskedExperts.apply(h_TD, down.reshape(-1, hidden), up_DE, gates_TE, activation)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Rows of tokens in slot order; backward sums a token's k slots in fixed order (an index-add would not be deterministic)."""
+class _Runs(NamedTuple):
+    """Slots in the order of their experts."""
+
+    token_S: Tensor
+    """The token of each slot."""
+    slots_TK: Tensor
+    """Where a token's k slots went."""
+    offsets_E: Tensor
+    """int32, the end of each expert's run; counted on the device."""
+
+
+def _runs(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, _Runs]:
+    """(order of the slots, the runs). The sort is stable, so equal input gives equal order."""
+    k = indices_TK.shape[1]
+    expert_S, order_S = indices_TK.reshape(-1).sort(stable=True)
+    boundaries = torch.arange(1, num_experts + 1, device=expert_S.device)
+    offsets_E = torch.searchsorted(expert_S, boundaries).to(torch.int32)
+    return order_S, _Runs(order_S.div(k, rounding_mode="floor"), order_S.argsort().view_as(indices_TK), offsets_E)
+
+
+def _product(rows_SA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    """(S, B): rows @ weight[e] for each expert's run of rows."""
+    if rows_SA.dtype != torch.float64:
+        return F.grouped_mm(rows_SA, weight_EAB, offs=offsets_E)
+    hot_SE = _membership(rows_SA, offsets_E)  # grouped_mm knows no float64: the same sums at E times the cost
+    return torch.einsum("se,sa,eab->sb", hot_SE, rows_SA, weight_EAB)
+
+
+def _weight_gradient(left_SA: Tensor, right_SB: Tensor, offsets_E: Tensor) -> Tensor:
+    """(E, A, B): left^T @ right over each expert's run; zero for an expert without rows."""
+    if left_SA.dtype != torch.float64:
+        return F.grouped_mm(left_SA.t(), right_SB, offs=offsets_E)
+    return torch.einsum("se,sa,sb->eab", _membership(left_SA, offsets_E), left_SA, right_SB)
+
+
+def _membership(rows_SA: Tensor, offsets_E: Tensor) -> Tensor:
+    slot_S1 = torch.arange(rows_SA.shape[0], device=rows_SA.device)[:, None]
+    return ((slot_S1 < offsets_E) & (slot_S1 >= F.pad(offsets_E[:-1], (1, 0)))).to(rows_SA.dtype)
+
+
+def _sum_slots(rows_SD: Tensor, slots_TK: Tensor, start_TD: Tensor) -> Tensor:
+    """start + the sum of each token's k rows, in fixed order; the start is added last, so that it is rounded once."""
+    total_TD = rows_SD.index_select(0, slots_TK[:, 0])
+    for slot in range(1, slots_TK.shape[1]):
+        total_TD += rows_SD.index_select(0, slots_TK[:, slot])
+    return total_TD.add_(start_TD)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """The grouped path with its backward by hand: h and the inner (S, R) tensor are kept, the gathered rows are gathered again.
+
+    Every gradient that reaches `grouped_mm` is freshly gathered, so contiguous: an expanded one would be refused. Scattered additions
+    would not be deterministic on CUDA; the k rows of a token are summed in order instead.
+    """
 
     @staticmethod
-    def forward(ctx, h_TD, token_S, slots_TK):
-        ctx.save_for_backward(slots_TK)
-        return h_TD.index_select(0, token_S)
-
-    @staticmethod
-    def backward(ctx, grad_SD):
-        return _sum_slots(grad_SD, ctx.saved_tensors[0]), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """The sum of a token's k slots; backward hands each slot its token's gradient, contiguous as `grouped_mm` needs it."""
-
-    @staticmethod
-    def forward(ctx, rows_SD, token_S, slots_TK):
-        ctx.save_for_backward(token_S)
-        return _sum_slots(rows_SD, slots_TK)
+    def forward(ctx, h_TD, down, up, gate_S, keep_SD, token_S, slots_TK, offsets_E, activation):
+        rows_SD = h_TD.index_select(0, token_S)
+        if keep_SD is not None:
+            rows_SD *= keep_SD
+        pre_SR = _product(rows_SD, down.transpose(1, 2), offsets_E)
+        ctx.save_for_backward(h_TD, down, up, gate_S, keep_SD, pre_SR, token_S, slots_TK, offsets_E)
+        ctx.activation = activation
+        inner_SR = ACTIVATIONS[activation](pre_SR)
+        torch.mul(inner_SR, gate_S[:, None], out=inner_SR)
+        return _sum_slots(_product(inner_SR, up.transpose(1, 2), offsets_E), slots_TK, h_TD)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-def _sum_slots(rows_SD: Tensor, slots_TK: Tensor) -> Tensor:
-    total = rows_SD.index_select(0, slots_TK[:, 0])
-    for slot in range(1, slots_TK.shape[1]):
-        total += rows_SD.index_select(0, slots_TK[:, slot])
-    return total
-
-
-def _grouped_product(rows_SA: Tensor, weight_EBA: Tensor, offsets_E: Tensor) -> Tensor:
-    """rows @ weight[e]^T for each expert's run of rows."""
-    if rows_SA.dtype == torch.float64:  # grouped_mm knows no float64; exact and without a sync, at E times the cost
-        slot_S = torch.arange(rows_SA.shape[0], device=rows_SA.device)
-        expert_S = (slot_S[:, None] >= offsets_E).sum(dim=-1)
-        parts = (((expert_S == e)[:, None] * rows_SA) @ weight.t() for e, weight in enumerate(weight_EBA))
-        return sum(parts, rows_SA.new_zeros(()))
-    return F.grouped_mm(rows_SA, weight_EBA.transpose(1, 2), offs=offsets_E)
+        h_TD, down, up, gate_S, keep_SD, pre_SR, token_S, slots_TK, offsets_E = ctx.saved_tensors
+        wants_h, wants_down, wants_up, wants_gate = ctx.needs_input_grad[:4]
+        grad_SD = grad_TD.index_select(0, token_S)
+        act_SR = ACTIVATIONS[ctx.activation](pre_SR)
+        grad_act_SR = _product(grad_SD, up, offsets_E)
+        grad_gate_S = (grad_act_SR * act_SR.to(gate_S.dtype)).sum(dim=-1) if wants_gate else None
+        grad_up = None
+        if wants_up:
+            grad_up = _weight_gradient(grad_SD, torch.mul(act_SR, gate_S[:, None], out=act_SR), offsets_E)
+        torch.mul(grad_act_SR, gate_S[:, None], out=grad_act_SR)
+        grad_pre_SR = _BACKWARD[ctx.activation](grad_act_SR, pre_SR)
+        grad_h_TD = grad_down = None
+        if wants_down:
+            rows_SD = h_TD.index_select(0, token_S)
+            grad_down = _weight_gradient(grad_pre_SR, rows_SD if keep_SD is None else rows_SD * keep_SD, offsets_E)
+        if wants_h:
+            grad_rows_SD = _product(grad_pre_SR, down, offsets_E)
+            grad_h_TD = _sum_slots(grad_rows_SD if keep_SD is None else grad_rows_SD * keep_SD, slots_TK, grad_TD)
+        return grad_h_TD, grad_down, grad_up, grad_gate_S, None, None, None, None, None
 
 
 def grouped_experts(
@@ -132,19 +181,12 @@ def grouped_experts(
     dropout: float = 0.0,
 ) -> Tensor:
     """The `grouped` path. `gates_TK` carry the scale; `dropout` is applied to h for each (token, expert) on its own."""
-    tokens, k = indices_TK.shape
-    expert_S, order_S = indices_TK.reshape(-1).sort(stable=True)
-    token_S = order_S.div(k, rounding_mode="floor")
-    slots_TK = order_S.argsort().view(tokens, k)
-    boundaries = torch.arange(1, down.shape[0] + 1, device=expert_S.device)
-    offsets_E = torch.searchsorted(expert_S, boundaries).to(torch.int32)
-    rows_SD = _Dispatch.apply(h_TD, token_S, slots_TK)
+    order_S, runs = _runs(indices_TK, down.shape[0])
+    gate_S = gates_TK.reshape(-1).index_select(0, order_S)
+    keep_SD = None
     if dropout > 0:
-        rows_SD = F.dropout(rows_SD, dropout)
-    inner_SR = ACTIVATIONS[activation](_grouped_product(rows_SD, down, offsets_E))
-    gate_S1 = gates_TK.reshape(-1).index_select(0, order_S).unsqueeze(-1)
-    inner_SR = (inner_SR * gate_S1).to(h_TD.dtype)
-    return h_TD + _Combine.apply(_grouped_product(inner_SR, up, offsets_E), token_S, slots_TK)
+        keep_SD = F.dropout(h_TD.new_ones(order_S.shape[0], h_TD.shape[1]), dropout)
+    return _GroupedExperts.apply(h_TD, down, up, gate_S, keep_SD, *runs, activation)
 
 
 def loop_experts(
