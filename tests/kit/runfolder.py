@@ -220,53 +220,32 @@ def _tables(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _samples(control: bool) -> list[dict[str, str]]:
-    wrong = "17" if control else "18"
+    story = "Once upon a time there was a little girl who lived in a house with a big garden and she liked to play"
+    asked = (
+        ("maths", "A box holds 6 eggs. How many eggs are in 3 boxes?", "18", story, "17" if control else "18"),
+        ("text", f"Reverse the words: red green {NASTY}", "green red", "", "green red"),
+        ("code", "What does `[x * 2 for x in range(3)]` give in Python?", "[0, 2, 4]", "the the the", "[0, 2, 4]"),
+    )
     return [
         {
-            "domain": "maths",
-            "set": "maths",
-            "prompt": "### Human:\nA box holds 6 eggs. How many eggs are in 3 boxes?\n### Assistant:\n",
-            "reference": "18",
-            "base": "Once upon a time there was a little girl who lived in a house with a big garden and she liked to play",
-            "tuned": wrong,
-        },
-        {
-            "domain": "text",
-            "set": "text",
-            "prompt": f"### Human:\nReverse the words: red green {NASTY}\n### Assistant:\n",
-            "reference": "green red",
-            "base": "",
-            "tuned": "green red",
-        },
-        {
-            "domain": "code",
-            "set": "code",
-            "prompt": "### Human:\nWhat does `[x * 2 for x in range(3)]` give in Python?\n### Assistant:\n",
-            "reference": "[0, 2, 4]",
-            "base": "the the the the the",
-            "tuned": "[0, 2, 4]",
-        },
+            "domain": domain,
+            "set": domain,
+            "prompt": f"### Human:\n{prompt}\n### Assistant:\n",
+            "reference": reference,
+            "base": base,
+            "tuned": tuned,
+        }
+        for domain, prompt, reference, base, tuned in asked
     ]
 
 
 def _proof(control: bool) -> dict[str, Any]:
     roles = {"lora": 331_776} if control else {"adapter": 1_179_648, "router": 18_432, "lora": 331_776}
+    counted = {"check": "trained parameters by role equal the plan", "value": roles, "passed": True}
+    moved = {role: 0.01 * (i + 1.234) for i, role in enumerate(roles)}
+    logits = {"check": "craft leaves the logits unchanged", "bitwise": True, "value": 0.0, "limit": 0.0, "passed": True}
     return {
-        "craft": {
-            "check": "craft leaves the logits unchanged",
-            "bitwise": True,
-            "value": 0.0,
-            "limit": 0.0,
-            "passed": True,
-            "trained": {"check": "trained parameters by role equal the plan", "value": roles, "passed": True},
-        },
-        "during": {
-            "check": "every trained role moved",
-            "step": 20,
-            "value": {role: 0.01 * (i + 1.234) for i, role in enumerate(roles)},
-            "limit": 0.0,
-            "tensors_still": [],
-            "passed": True,
-        },
+        "craft": {**logits, "trained": counted},
+        "during": {"check": "every trained role moved", "step": 20, "value": moved, "limit": 0.0, "passed": True},
         "export": {"check": "a clean process gives the same logits", "value": 4.77e-7, "limit": 1e-5, "passed": True},
     }

@@ -20,7 +20,7 @@ SYSTEMS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Runs in their order; the base is `BASE`."""
 
 _LOAD = ("#f7f9fb", "#0a4a86")
-_DIFFERENCE = ("#b3460b", "#f9f8f6", "#10609c")
+_DIFFERENCE = ("#b3460b", "#f9f8f6", "#1b72b1")
 _STEPS = 256
 _TO_LMS = np.array(
     [
