@@ -103,12 +103,13 @@ class _Session:
         self.recipe, self.run, self.label, self.baseline = recipe, run, label, baseline
         self.console = console or Console(stderr=True)
         self.started = time.time()
-        self.proof: dict[str, Any] = {}
+        self.proof: dict[str, Any] = run.read(run.proof) or {}
 
     def prepare(self) -> None:
         """Threads, tokenizer, rows, plan: everything that can fail before a weight is read."""
         import torch
         from transformers import set_seed
+        from transformers.utils import logging
 
         from sparsmith.crafting.base_model import load_tokenizer
         from sparsmith.crafting.plan import plan_recipe
@@ -117,6 +118,7 @@ class _Session:
         train = self.recipe.train
         if train.threads:
             torch.set_num_threads(train.threads)
+        logging.disable_progress_bar()
         set_seed(train.seed)
         self.plan = plan_recipe(self.recipe)
         write_json(self.run.plan, self.plan.as_dict())
@@ -175,6 +177,7 @@ class _Session:
             data_collator=Collator.of(recipe.data, self.tokenizer, self.model.config),
             domains=self.data.domains,
             moved_after=recipe.proof.moved_after if recipe.proof.enabled else None,
+            proven=self._moved,
             callbacks=[recorder],
         )
         bar = ProgressBar(self.label, lambda: tuner.health.words, self.console)
@@ -189,8 +192,11 @@ class _Session:
             bar.close()
         self.train_seconds = time.perf_counter() - begun
         self.tokens = tuner.window.tokens_seen
-        if tuner.roles_move is not None and tuner.roles_move.result:
-            self.proof["during"] = tuner.roles_move.result
+
+    def _moved(self, record: dict[str, Any]) -> None:
+        """Written at once, so that a run which is cut later keeps its proof."""
+        self.proof["during"] = record
+        write_json(self.run.proof, self.proof)
 
     def finish(self) -> None:
         """Measure the tuned model, save it, write the run's facts and its report."""

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
     """(model, tokenizer, the run's recipe) of a run, a checkpoint of ours, or any folder or hub id of a causal LM."""
+    from transformers.utils import logging
+
     from sparsmith.crafting.base_model import load_base, load_tokenizer
     from sparsmith.crafting.checkpoint import load
     from sparsmith.crafting.identity import FILE
     from sparsmith.recipe.schema import ModelSettings
 
+    logging.disable_progress_bar()
     if is_run(target):
         run = open_run(target)
         recipe = load_recipe(run.recipe, check_paths=False)

@@ -34,6 +34,7 @@ class Tuner(Trainer):
         data_collator: makes a batch with `input_ids`, `labels` and, where known, `token_mask`, `position_ids`, `domain`.
         domains: names of the domains, for losses by domain.
         moved_after: optimiser steps after which every trained role must have changed; None = do not prove it.
+        proven: called with the proof's record.
         callbacks: further callbacks.
         kwargs: anything else that the Trainer takes.
     """
@@ -47,6 +48,7 @@ class Tuner(Trainer):
         *,
         domains: Sequence[str] = (),
         moved_after: int | None = 20,
+        proven: Callable[[dict[str, Any]], None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -60,7 +62,7 @@ class Tuner(Trainer):
         self.parts = record.parts
         self.window = Window(tuple(domains))
         self.health = Health(model)
-        self.roles_move = RolesMove(model, moved_after) if moved_after is not None else None
+        self.roles_move = RolesMove(model, moved_after, proven) if moved_after is not None else None
         own: list[TrainerCallback] = [self.health, *([self.roles_move] if self.roles_move else [])]
         super().__init__(
             model=Objective(model, domains=len(domains)),

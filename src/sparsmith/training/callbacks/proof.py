@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ class RolesMove(TrainerCallback):
     """Before step 1 every wanted role holds a tensor; after `steps` optimiser steps every role has changed.
 
     Not earlier than after two steps: with U = 0, router and D get no gradient from the task loss in step 1 (PESC §1).
-    `result` is the proof's record.
+    `result` is the proof's record; `proven` is called with it as soon as it is there.
     """
 
-    def __init__(self, model: nn.Module, steps: int) -> None:
+    def __init__(self, model: nn.Module, steps: int, proven: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._model = model
+        self._proven = proven
         self._steps = steps
         self._start: dict[str, list[tuple[str, torch.Tensor]]] = {}
         self._start_step = 0
@@ -70,6 +72,8 @@ class RolesMove(TrainerCallback):
             "tensors_still": still,
             "passed": True,
         }
+        if self._proven is not None:
+            self._proven(self.result)
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
