@@ -16,7 +16,7 @@ auto.install()  # transformers' Auto classes will know our architectures; import
 
 _HOMES = {
     "craft": "sparsmith.crafting.apply",
-    "load_base": "sparsmith.crafting.apply",
+    "load_base": "sparsmith.crafting.base_model",
     "plan": "sparsmith.crafting.plan",
     "save": "sparsmith.crafting.checkpoint",
     "load": "sparsmith.crafting.checkpoint",

@@ -96,6 +96,7 @@ def settle(
             "the dequantised weights",
             "The LoRA was trained around the NF4 rounding errors: on the original weights it is another function.",
         )
+    check_finite("settle", {name: p for name, p in model.named_parameters() if p.requires_grad})
     settled: nn.Module = model
     for method, config in record.parts:
         settled = method.settle(settled, config)
@@ -139,7 +140,9 @@ def mark_settled(model: nn.Module) -> None:
 def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of the bitsandbytes 4-bit linears."""
     return [
-        (name, m) for name, m in model.named_modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "quant_type")
+        (name, m)
+        for name, m in model.named_modules()
+        if type(m).__name__ == "Linear4bit" and type(m).__module__.startswith("bitsandbytes")
     ]
 
 
