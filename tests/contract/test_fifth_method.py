@@ -8,15 +8,15 @@ import sys
 
 import pytest
 import torch
-from tests.kit.fifth import SHIFT, ShiftConfig
-from tests.kit.pico import LAYERS, pico_ids, pico_model
-from tests.kit.rows import RowDataset, pad_rows
 from transformers import TrainingArguments
 
 import sparsmith as sm
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.errors import MethodError, ProofError
 from sparsmith.methods import registry
+from tests.kit.fifth import SHIFT, ShiftConfig
+from tests.kit.pico import LAYERS, pico_ids, pico_model
+from tests.kit.rows import RowDataset, pad_rows
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +126,8 @@ def test_names_that_are_taken_or_unknown():
 
 def test_nothing_outside_the_test_folder_names_it():
     found = subprocess.run(
-        [sys.executable, "-c", "import sparsmith.methods.registry as r; print(r.names())"], capture_output=True, text=True
+        [sys.executable, "-c", "import sparsmith.methods.registry as r; print(r.names())"],
+        capture_output=True,
+        text=True,
     )
     assert "shift" not in found.stdout and "pesc" in found.stdout

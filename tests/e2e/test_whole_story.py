@@ -20,7 +20,14 @@ def story(tmp_path_factory):
     rows = write_jsonl(root, seed=1, train=400, held_out=30)
 
     def source(domain, split, **more):
-        return {"name": domain, "domain": domain, "path": str(rows[split]), "columns": COLUMNS, "where": {"domain": domain}, **more}
+        return {
+            "name": domain,
+            "domain": domain,
+            "path": str(rows[split]),
+            "columns": COLUMNS,
+            "where": {"domain": domain},
+            **more,
+        }
 
     recipe = {
         "model": {"path": "embedded"},
@@ -32,7 +39,14 @@ def story(tmp_path_factory):
             "mixing": "balanced",
             "cache": str(root / "cache"),
         },
-        "train": {"steps": 24, "batch_size": 8, "learning_rate": 5.0e-3, "log_every": 4, "eval_every": 12, "save_every": 12},
+        "train": {
+            "steps": 24,
+            "batch_size": 8,
+            "learning_rate": 5.0e-3,
+            "log_every": 4,
+            "eval_every": 12,
+            "save_every": 12,
+        },
         "output": str(root / "run"),
     }
     path = root / "recipe.yaml"

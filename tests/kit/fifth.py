@@ -41,7 +41,9 @@ class ShiftMethod(Method):
     def plan(self, config: Any, anatomy: Any, shape: Any) -> MethodPlan:
         count = shape.layers * shape.hidden
         return MethodPlan(
-            changes=(ModuleChange(f"{anatomy.blocks}.{{0..{shape.layers - 1}}}.{anatomy.ffn}", "FFN + shift", shape.layers),),
+            changes=(
+                ModuleChange(f"{anatomy.blocks}.{{0..{shape.layers - 1}}}.{anatomy.ffn}", "FFN + shift", shape.layers),
+            ),
             added={"shift": count},
             trained={"shift": count},
             flops_forward=count,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.pico import pico_model
-from tests.kit.rows import RowDataset, pad_rows
 from transformers import TrainingArguments
 
 import sparsmith as sm
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.errors import CheckpointMismatch
 from sparsmith.methods.base import LoraSettings
+from tests.kit.pico import pico_model
+from tests.kit.rows import RowDataset, pad_rows
 
 CONFIG = {"num_experts": 4, "top_k": 2, "adapter_dim": 8, "path": "masked", "lora": LoraSettings(r=4, dropout=0.1)}
 

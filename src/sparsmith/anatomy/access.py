@@ -98,7 +98,7 @@ def probe(model: nn.Module) -> Anatomy:
     import torch
 
     row, base = anatomy_of(model), base_of(model)
-    hidden = base.config.hidden_size  # type: ignore[union-attr]
+    hidden = int(_config(base).hidden_size)
     for path in (row.norm, row.embeddings, *([row.positions] if row.positions else [])):
         walk(base, path)
     for index, block in enumerate(blocks(model)):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STEPS = 300
 ROWS = {"train": 9600, "held_out": 300}
-LORA = {"r": 8, "alpha": 16, "dropout": 0.0}
+LORA: dict[str, Any] = {"r": 8, "alpha": 16, "dropout": 0.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "dense LoRA": {"control": "dense_lora"},
     "PESC": {"num_experts": 8, "top_k": 2, "adapter_dim": 32, "adapter_scale": 1.0},

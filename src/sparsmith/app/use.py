@@ -31,7 +31,7 @@ def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
             raise UsageError(str(target), "a run without a model", "a finished run", "Run `sparsmith tune` to its end.")
         return load(run.model), load_tokenizer(recipe.model), recipe
     if (Path(target) / FILE).is_file():
-        model = load(target)
+        model: Any = load(target)
         settings = ModelSettings(path=str(target))
         if not (Path(target) / "tokenizer_config.json").is_file():
             settings = ModelSettings(path=str(model.sparsmith.base.folder or model.sparsmith.base.id))

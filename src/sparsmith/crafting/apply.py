@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def craft(
     record = CraftRecord(configs=configs, base=base, seed=seed)
     with _all_or_nothing(model):
         model.requires_grad_(False)
-        crafted = model
+        crafted: Any = model
         for method, settings in record.parts:
             crafted = method.craft(crafted, settings, context)
         lora = merged_settings(record.parts, anatomy.shape_of(crafted.config))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsmith.crafting.record import BaseRecord, attach_base
 from sparsmith.errors import CheckpointError, EnvironmentFault, MethodError
+from sparsmith.recipe import is_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,22 @@ def resolve_base(path: str, base_dir: Path | None = None) -> str:
     return str(folder.resolve()) if folder.is_dir() else path
 
 
+def refuse_absent(path: str) -> None:
+    """A path that is neither a folder nor a hub id is told at once, before a library goes to look for it.
+
+    Raises:
+        CheckpointError: names the path.
+    """
+    if Path(path).is_dir() or is_hub_id(path, Path.cwd()):
+        return
+    raise CheckpointError(
+        f"model.path {path}",
+        "a file" if Path(path).exists() else "nothing there",
+        "the folder of a checkpoint, a hub id `owner/name`, or `embedded`",
+        "Check the path; in a recipe it is relative to the recipe's folder.",
+    )
+
+
 def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrainedModel:
     """The dense model that a recipe names, in evaluation mode.
 
@@ -43,6 +60,7 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
             "model.task", settings.task, "causal_lm", "No installed method tunes a classifier; use task causal_lm."
         )
     path = resolve_base(settings.path, base_dir)
+    refuse_absent(path)
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **options)
@@ -51,7 +69,7 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
             options["attn_implementation"] = settings.attention
         if settings.quant == "nf4":
             options["quantization_config"] = _nf4()
-        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as fault:
         reason = " ".join(str(fault).split())[:300]
         raise CheckpointError(
@@ -60,6 +78,7 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
             "a folder or hub id of a Hugging Face causal language model",
             "Check the path; a folder needs config.json and safetensors weights.",
         ) from fault
+    model, info = loaded
     _refuse_partial(path, info)
     attach_base(
         model,
@@ -79,6 +98,7 @@ def load_tokenizer(settings: ModelSettings, base_dir: Path | None = None) -> Pre
     from transformers import AutoTokenizer
 
     path = resolve_base(settings.path, base_dir)
+    refuse_absent(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code

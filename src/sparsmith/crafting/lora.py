@@ -45,7 +45,7 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:
     modules = dict(model.named_modules())
     return LoraConfig(
         r=settings.r,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by r; a float is as good
         lora_dropout=settings.dropout,
         target_modules=targets,
         bias="none",

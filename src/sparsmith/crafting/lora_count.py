@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def merged_settings(parts: Sequence[tuple[Method, MethodConfig]], shape: ModelShape) -> LoraSettings | None:
     """The one LoRA of a composition: methods that ask for one must ask for the same."""
     asked = {
-        method.name: settings for method, config in parts if (settings := method.lora(config, shape)) and settings.enabled
+        method.name: settings
+        for method, config in parts
+        if (settings := method.lora(config, shape)) and settings.enabled
     }
     if len(set(asked.values())) > 1:
         raise MethodError(

@@ -58,7 +58,7 @@ def activation_bytes(
     checkpointing only the blocks' inputs stay, and one block at a time is computed again.
     """
     attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-    low_rank = lora.r * len(shape.linears) if lora else 0
+    low_rank: float = lora.r * len(shape.linears) if lora else 0
     if lora and lora.dropout > 0:
         low_rank += 1.25 * sum(inputs for inputs, _ in shape.linears.values())
     block = (2 * shape.hidden + attention + 4 * shape.ffn_width + low_rank) * width + 4 * shape.hidden * 4

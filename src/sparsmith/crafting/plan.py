@@ -196,6 +196,9 @@ def _config_of(base: Any) -> tuple[str, Any]:
         return str(getattr(config, "_name_or_path", "") or type(config).__name__), config
     from transformers import AutoConfig
 
+    from sparsmith.crafting.base_model import refuse_absent
+
+    refuse_absent(str(base))
     try:
         return str(base), AutoConfig.from_pretrained(str(base))
     except (OSError, ValueError, KeyError) as fault:

@@ -8,12 +8,15 @@ template ends a turn with no special token, eos is added to the last one.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sparsmith.data.messages import Messages
 from sparsmith.data.rows import RowFault, one_line
 from sparsmith.data.tokens import Segment, TokenRow, before_answer, encode_segments, one_bos, special_words
 from sparsmith.errors import DataError
+
+_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatEncoder:
@@ -176,14 +179,14 @@ class ChatEncoder:
 
 def marked_template(tokenizer: Any) -> str | None:
     """The chat template with `{% generation %}` marks: the tokenizer's own, or TRL's training form of a known one."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
     own = tokenizer.chat_template
     own = own.get("default", "") if isinstance(own, dict) else own
     if not tokenizer.is_fast:
         return None
-    if has_generation_markers(own):
+    if _MARK.search(own):
         return own
+    from trl.chat_template_utils import get_training_chat_template  # seconds to import, so only where it is needed
+
     try:
         return get_training_chat_template(tokenizer)
     except Exception:  # TRL knows no training form; rendering prefixes decides

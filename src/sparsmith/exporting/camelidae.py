@@ -172,7 +172,7 @@ def _dense_model(
                 str(folder), "experts alone", "the dense weights too", "Give `base`, the folder of the base."
             )
         return load_base(ModelSettings(path=str(base), dtype="auto"))
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     family = config.get("model_type")
     family = family if family in anatomy.families() else "llama"
@@ -180,7 +180,7 @@ def _dense_model(
     kept["rope_theta"] = _rope(folder, config, rope_theta)
     dtype = next(iter(dense.values())).dtype
     hf_config = AutoConfig.for_model(family, **kept)
-    opener: Any = AutoModelForCausalLM
+    opener: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     try:
         model, info = opener.from_pretrained(
             None, config=hf_config, state_dict=dense, dtype=dtype, output_loading_info=True

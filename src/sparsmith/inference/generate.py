@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -29,13 +29,18 @@ def generate(model: PreTrainedModel, input_ids: Tensor, *, max_new_tokens: int =
         with torch.no_grad():
             options.setdefault("attention_mask", torch.ones_like(input_ids))
             options.setdefault("do_sample", False)
-            return model.generate(input_ids=input_ids, max_new_tokens=max_new_tokens, **options)
+            return cast(Any, model).generate(input_ids=input_ids, max_new_tokens=max_new_tokens, **options)
     finally:
         model.train(was_training)
 
 
 def stream_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], *, max_new_tokens: int, **options: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    **options: Any,
 ) -> Iterator[str]:
     """Pieces of the answer as they come.
 
@@ -59,7 +64,12 @@ def stream_text(
     def work() -> None:
         try:
             generate(
-                model, ids, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **options
+                model,
+                ids,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+                **options,
             )
         except BaseException as error:  # handed to the caller's thread below
             fault.append(error)

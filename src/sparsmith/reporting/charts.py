@@ -27,6 +27,10 @@ class Chart:
 _HEALTH = {
     "load_entropy": ("Entropy of the load", "1 = all experts alike, 0 = one expert takes all."),
     "dead_experts": ("Dead experts", "Experts with less than a tenth of an even share, over all blocks."),
+    "router_z": (
+        "Router z",
+        "Mean squared log-sum-exp of the router's logits; a steady climb means logits that run away.",
+    ),
     "router_grad_norm": ("Gradient norm of the routers", "Before clipping; 0 would mean routers that do not learn."),
 }
 
@@ -120,7 +124,12 @@ def gradients(runs: Sequence[Run]) -> Chart | None:
 
 def health(runs: Sequence[Run]) -> Iterator[Chart]:
     """Router load as a band, then each other figure."""
-    panels = {name: lines for name, lines in _by_name(runs, "health").items() if not name.startswith("gradient/")}
+    told = {name.replace(".", "/") for name in _by_name(runs, "terms")}  # a loss term has its panel elsewhere
+    panels = {
+        name: lines
+        for name, lines in _by_name(runs, "health").items()
+        if not name.startswith("gradient/") and name not in told
+    }
     for low in [name for name in panels if name.endswith("load_min")]:
         high = low.replace("load_min", "load_max")
         if high in panels:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsmith.bootstrap import Figure, Summary, paired_differences
 from sparsmith.reporting.folder import Run
-from sparsmith.reporting.words import MINUS, THIN, signed
+from sparsmith.reporting.words import MINUS, UNIT, signed
 
 OVERALL = "mean of domains"
 
@@ -117,7 +117,7 @@ def _best(figures: dict[str, Figure], larger: bool) -> set[str]:
 def _cell(figure: Figure, unit: str, best: bool) -> Cell:
     scale, digits = (100, 1) if unit == "share" else (1, 3)
     value, low, high = (f"{scale * x:.{digits}f}".replace("-", MINUS) for x in (figure.value, figure.low, figure.high))
-    return Cell(value + (f"{THIN}%" if unit == "share" else ""), f"{low} – {high}", "best" if best else "")
+    return Cell(value + (f"{UNIT}%" if unit == "share" else ""), f"{low} – {high}", "best" if best else "")
 
 
 def _gap(figure: Figure | None, unit: str, larger: bool) -> Cell | None:

@@ -140,8 +140,9 @@ def _panel(axis: Axes, name: str, lines: Mapping[str, Curve], colours: Mapping[s
     axis.margins(x=0.02)
     axis.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    if from_zero:
-        axis.set_ylim(bottom=0)
+    top = max((value for curve in lines.values() for value in curve.values), default=0)
+    if from_zero or not top:
+        axis.set_ylim(0, 1.08 * top or 1)
 
 
 def _legend(figure: Figure, panels: Curves, colours: Mapping[str, str]) -> None:
@@ -183,6 +184,7 @@ def band(
         )
         axis.set_ylim(bottom=0)
         axis.margins(x=0.01)
+        axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axis.set_xlabel("optimiser step")
         axis.set_ylabel("share of tokens \u00d7 experts")
         if len(runs) > 1:
@@ -211,7 +213,13 @@ def intervals(
                     [shown.low * scale, shown.high * scale], [at, at], color=colours[name], linewidth=2.2, alpha=0.45
                 )
                 axis.plot(
-                    shown.value * scale, at, "o", color=colours[name], markersize=6, label=name if row == 0 else None
+                    shown.value * scale,
+                    at,
+                    "o",
+                    color=colours[name],
+                    markersize=6,
+                    clip_on=False,
+                    label=name if row == 0 else None,
                 )
         axis.set_yticks(range(len(rows)), [name for name, _ in rows])
         axis.tick_params(axis="y", labelcolor=INK)
@@ -222,7 +230,7 @@ def intervals(
             axis.axhline(edge - 0.5, color=LINE, linewidth=0.6)
         axis.spines["left"].set_visible(False)
         if percent:
-            axis.set_xlim(left=0)
+            axis.set_xlim(0, max(5, axis.get_xlim()[1]))
         axis.set_xlabel(xlabel)
         axis.xaxis.set_major_locator(MaxNLocator(6))
         figure.legend(

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from sparsmith.reporting.folder import Run
-from sparsmith.reporting.words import THIN, count, duration, percent, plain, short, size
+from sparsmith.reporting.words import UNIT, count, duration, percent, plain, short, size
 
 Rows = list[tuple[str, ...]]
 
@@ -42,7 +42,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
             (
                 short(parameters["total"]),
                 "parameters in all",
-                f"{parameters['total'] / base:.3g}{THIN}× the base’s {short(base)}",
+                f"{parameters['total'] / base:.3g}{UNIT}× the base’s {short(base)}",
             ),
             (
                 short(parameters["active"]),
@@ -52,8 +52,8 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
             (short(trained), "trained", f"{percent(trained / parameters['total'])} of all"),
         ]
     if flops := plan.get("flops_per_token"):
-        found.append((f"{flops['overhead']:.3g}{THIN}×", "forward FLOPs", "per token, over the base"))
-    if "tokens_trained" in run.facts:
+        found.append((f"{flops['overhead']:.3g}{UNIT}×", "forward FLOPs", "per token, over the base"))
+    if run.facts.get("tokens_trained"):
         found.append(
             (short(run.facts["tokens_trained"]), "tokens tuned on", f"in {count(run.facts.get('steps', 0))} steps")
         )

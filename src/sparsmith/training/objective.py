@@ -36,9 +36,9 @@ class Objective(nn.Module):
     # the Trainer then counts kept labels without position 0 of each row, as the shift below does
     loss_type = "ForCausalLM"
 
-    def __init__(self, model: nn.Module, domains: int = 0) -> None:
+    def __init__(self, model: Any, domains: int = 0) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.domains = domains
         record = record_of(model)
         self._parts: tuple[tuple[Method, MethodConfig], ...] = record.parts
@@ -70,8 +70,8 @@ class Objective(nn.Module):
             `loss` (scalar), `terms` {name: detached scalar}, `domain_sum` and `domain_count` (domains,), `tokens` (scalar).
         """
         if token_mask is None:
-            has_mask = attention_mask is not None and attention_mask.dim() == 2
-            token_mask = attention_mask.bool() if has_mask else torch.ones_like(input_ids, dtype=torch.bool)
+            two_dim = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            token_mask = torch.ones_like(input_ids, dtype=torch.bool) if two_dim is None else two_dim.bool()
         batch = Batch(input_ids, labels, token_mask, domain, position_ids, attention_mask)
         for method, config in self._parts:
             method.before_forward(self.model, config, batch)

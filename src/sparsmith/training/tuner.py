@@ -73,7 +73,7 @@ class Tuner(Trainer):
             **kwargs,
         )
         self.remove_callback(PrinterCallback)
-        self.crafted = model
+        self.crafted: Any = model
         self._logged_at = 0
 
     def compute_loss(
@@ -85,7 +85,7 @@ class Tuner(Trainer):
     ) -> Any:
         """The Trainer's own, with the named terms kept for the log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if self.model.training:
+        if outputs["loss"].requires_grad:
             if not torch.isfinite(loss):
                 raise ProofError(
                     f"step {self.state.global_step + 1}",
@@ -117,7 +117,7 @@ class Tuner(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trained tensors of every role, in the delta format; the base is not written again."""
         if self.args.should_save:
-            save(self.crafted, Path(output_dir or self.args.output_dir) / MODEL_FOLDER)
+            save(self.crafted, Path(output_dir or self.args.output_dir or ".") / MODEL_FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Strictly, into the crafted model that is already built."""

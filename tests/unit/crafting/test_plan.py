@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.pico import FAMILIES, pico_config, pico_ids, pico_model
 
 import sparsmith as sm
 from sparsmith.crafting.apply import check_roles, craft
 from sparsmith.errors import CheckpointError, MethodError
 from sparsmith.methods.base import LoraSettings
 from sparsmith.training import Objective
+from tests.kit.pico import FAMILIES, pico_config, pico_ids, pico_model
 
 SMALL = {"num_experts": 4, "top_k": 2, "adapter_dim": 8, "lora": LoraSettings(r=4)}
 
@@ -79,7 +79,12 @@ def test_activation_estimate_covers_what_autograd_keeps(checkpointing):
     assert out["loss"].requires_grad
     high = plan.memory.activations["high"]
     if checkpointing:  # the estimate holds one recomputed block besides what is kept from the forward
-        assert measured <= high <= 0.75 * sm.plan(pico_config("llama"), config, max_length=length, micro_batch=rows).memory.activations["high"]
+        assert (
+            measured
+            <= high
+            <= 0.75
+            * sm.plan(pico_config("llama"), config, max_length=length, micro_batch=rows).memory.activations["high"]
+        )
     else:
         assert 0.75 <= high / measured <= 1.33
 

@@ -195,7 +195,7 @@ def test_mutated_files_never_end_in_a_traceback(tmp_path, ending):
         "jsonl.gz": gzip.compress(rows),
         "parquet": _parquet(),
     }[ending]
-    for _ in range(120):
+    for _ in range(80):
         data = bytearray(whole)
         for _ in range(draw.randint(1, 3)):
             place = draw.randrange(len(data))

@@ -119,7 +119,7 @@ def test_a_saved_data_set_is_read(tmp_path):
 cells = st.text(st.sampled_from('ab",\n\r é'), max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(cells, cells.map(lambda cell: cell + "z")), min_size=1, max_size=6))
 def test_csv_reads_what_pythons_writer_writes(rows):
     out = io.StringIO(newline="")
@@ -128,7 +128,7 @@ def test_csv_reads_what_pythons_writer_writes(rows):
     assert [isinstance(row, Row) and (row.values["p"], row.values["c"]) for row in found] == rows
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=60))
 def test_csv_ends_on_any_bytes(data):
     try:

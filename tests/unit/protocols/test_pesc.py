@@ -71,7 +71,9 @@ def test_differences_are_paired_within_each_seed(tmp_path):
     # the rows differ far more than the controls do: only pairing gives an interval of no width
     assert difference.value == pytest.approx(0.1) and difference.high - difference.low < 1e-9
     assert out.verdict().startswith("routing helps")
-    assert out.rows()[0]["minus_learned"] is None and out.rows()[1]["loss"] == pytest.approx(out.losses("random")[0] + 0.5)
+    assert out.rows()[0]["minus_learned"] is None and out.rows()[1]["loss"] == pytest.approx(
+        out.losses("random")[0] + 0.5
+    )
     assert json.loads((tmp_path / "comparison.json").read_text())["verdict"] == out.verdict()
     assert "| single_adapter |" in (tmp_path / "comparison.md").read_text()
 
@@ -88,7 +90,11 @@ def test_no_claim_without_both_controls(tmp_path):
     out = compare(recipe(), ["learned", "random"], [0], tmp_path, fake_tune(lambda c, s, r: 1.0, []))
     assert out.verdict().startswith("routing: not tested")
     out = compare(
-        recipe(), ["learned", "random", "single_adapter"], [0], tmp_path, fake_tune(lambda c, s, r: 1.0 + (c == "random"), [])
+        recipe(),
+        ["learned", "random", "single_adapter"],
+        [0],
+        tmp_path,
+        fake_tune(lambda c, s, r: 1.0 + (c == "random"), []),
     )
     assert "neither" in out.verdict()  # the first two cells were read as they were: all equal
 

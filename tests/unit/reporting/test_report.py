@@ -53,7 +53,7 @@ def test_every_part_is_there(page):
     assert page.count('class="badge yes"') == 4
     assert "Not measured in this run." not in page
     for words in (
-        "4.92\u2009M",
+        "4.92\u00a0M",
         "mean of domains",
         "9f2c7e4b1a0d6835",
         "learning_rate: 0.003",

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.fifth import SHIFT, ShiftConfig
-from tests.kit.pico import pico_model
-from tests.kit.rows import RowDataset, pad_rows
 from torch.nn import functional as F
 
 import sparsmith as sm
@@ -14,6 +11,9 @@ from sparsmith.errors import CheckpointError, ProofError
 from sparsmith.methods import registry
 from sparsmith.training import Objective
 from sparsmith.training.window import Window
+from tests.kit.fifth import SHIFT, ShiftConfig
+from tests.kit.pico import pico_model
+from tests.kit.rows import RowDataset, pad_rows
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ def generate(
     if (per_task is None) == (total is None):
         raise UsageError("generate", f"per_task={per_task}, total={total}", "exactly one of them", "Give one number.")
     rows: list[Row] = []
-    shares = [per_task] * len(domains) if total is None else _shares(total, len(domains))
+    shares = [per_task or 0] * len(domains) if total is None else _shares(total, len(domains))
     for domain, share in zip(domains, shares, strict=True):
         tasks = [task for task in TASKS if task.domain == domain]
         counts = [share] * len(tasks) if total is None else _shares(share, len(tasks))

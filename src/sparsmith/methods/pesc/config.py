@@ -186,7 +186,9 @@ def _as_tuple(targets: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _size_clashes(config: PescConfig) -> Iterable[Clash]:
     if config.top_k > config.num_experts:
-        yield Clash("top_k", f"`{config.top_k}`", f"at most num_experts, which is {config.num_experts}", "Lower `top_k`.")
+        yield Clash(
+            "top_k", f"`{config.top_k}`", f"at most num_experts, which is {config.num_experts}", "Lower `top_k`."
+        )
     if config.adapter_dim != "auto" and config.adapter_dim % 8:
         near = config.adapter_dim // 8 * 8 or 8
         yield Clash("adapter_dim", f"`{config.adapter_dim}`", "a multiple of 8", f"Take {near}.")
@@ -206,7 +208,8 @@ def _router_clashes(config: PescConfig) -> Iterable[Clash]:
         yield from config.without_effect(["router_trainable", "router_input_norm"], "router learned")
     if not (learned and config.router_trainable):
         yield from config.without_effect(
-            [name for name in ("balance_alpha", "router_z_coef") if getattr(config, name) > 0], "a router that is trained"
+            [name for name in ("balance_alpha", "router_z_coef") if getattr(config, name) > 0],
+            "a router that is trained",
         )
     elif config.balance_alpha == 0:
         yield from config.without_effect(["balance_norm"], "balance_alpha above 0")

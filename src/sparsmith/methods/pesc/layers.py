@@ -19,7 +19,6 @@ from sparsmith.ops.balance import balance_loss, z_loss
 from sparsmith.ops.cost import choose_path
 from sparsmith.ops.routing import Routing, route_dense, route_hashed, route_learned
 
-
 # G: domains told apart in the statistics. A fixed number, because counting them would wait for the device.
 DOMAIN_SLOTS = 32
 

@@ -137,7 +137,9 @@ class PescMethod(Method):
             adapters.settings = replace(adapters.settings, adapter_scale=1.0)
         model.settings = replace(model.settings, adapter_scale=1.0)
         model.config.pesc["adapter_scale"] = 1.0
-        return config.model_copy(update={"adapter_scale": float(config.top_k if config.control == "single_adapter" else 1)})
+        return config.model_copy(
+            update={"adapter_scale": float(config.top_k if config.control == "single_adapter" else 1)}
+        )
 
     def standalone_sources(self) -> tuple[str, ...]:
         return (
