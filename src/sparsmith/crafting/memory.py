@@ -52,10 +52,10 @@ def activation_bytes(
 ) -> int:
     """Bytes kept for the backward of one micro-batch, with a fused attention (which keeps no score matrix).
 
-    Per block and token, in the model's number type: the two normed inputs of the linears, q, k, v and the attention's output, four
-    tensors of the FFN's width, and of every LoRA its inner activation and, with dropout, its thinned input and mask; in float32: what the two norms keep (input and normed input).
-    The head keeps its input, and float32 log-probabilities for the tokens that carry a label; half of the tokens are taken to. With
-    checkpointing only the blocks' inputs stay, and one block at a time is computed again.
+    Per block and token, in the model's number type: the two normed inputs of the linears, q, k, v and the attention's output, four tensors
+    of the FFN's width, and of every LoRA its inner activation and, with dropout, its thinned input and mask; in float32: what the two norms
+    keep (input and normed input). The head keeps its input, and float32 log-probabilities for the tokens that carry a label; half of the
+    tokens are taken to. With checkpointing only the blocks' inputs stay, and one block at a time is computed again.
     """
     attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     low_rank: float = lora.r * len(shape.linears) if lora else 0

@@ -96,7 +96,7 @@ def test_nf4_weights_are_counted_in_bits():
 
 
 def test_faults_are_named():
-    with pytest.raises(CheckpointError, match="model.path"):
+    with pytest.raises(CheckpointError, match=r"model\.path"):
         sm.plan("no/such-folder-anywhere/x", pesc())
     with pytest.raises(MethodError, match="q_proj"):
         sm.plan(pico_config(), pesc(lora=LoraSettings(targets=("q_prj",))))
