@@ -25,7 +25,7 @@ from sparsmith.methods.pesc.layers import PescFFN, PescSettings, RouteContext
 RESULT = Path(__file__).parent / "results" / "pesc_layer.json"
 PATHS = ("auto", "masked", "grouped", "loop")
 # the bounds that the project has set itself, as ratios
-BOUNDS = {"forward": 1.20, "training": 1.35, "loop_over_pesc": 1.30}
+BOUNDS = {"forward": 1.20, "training": 1.35, "naive_over_pesc": 1.30}
 
 
 class GatedFFN(nn.Module):
@@ -41,6 +41,28 @@ class GatedFFN(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class NaiveLayer(nn.Module):
+    """The layer as it is usually written: tokens repeated k times, a Python loop over experts with boolean masks, each expert's output
+    added to h, gated, summed. Holds the parameters of a `PescFFN`."""
+
+    def __init__(self, layer: PescFFN) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        pesc, scale = self.layer.pesc, self.layer.pesc.settings.adapter_scale
+        routing = self.layer.route(x.reshape(-1, x.shape[-1]))
+        h = self.layer.ffn(x)
+        rows = h.reshape(-1, h.shape[-1]).repeat_interleave(routing.indices.shape[1], dim=0)
+        chosen, out = routing.indices.reshape(-1), torch.empty_like(rows)
+        for expert in range(pesc.down.shape[0]):
+            mine = chosen == expert
+            inner = F.gelu(F.linear(rows[mine], pesc.down[expert]))
+            out[mine] = rows[mine] + scale * F.linear(inner, pesc.up[expert])
+        gated = out.view(*routing.indices.shape, -1) * routing.gates.unsqueeze(-1)
+        return gated.sum(dim=1).view_as(h)
+
+
 def candidates(args: argparse.Namespace) -> dict[str, tuple[nn.Module, RouteContext]]:
     """The dense FFN and, around the same weights, a PESC layer for each path."""
     torch.manual_seed(0)
@@ -52,6 +74,7 @@ def candidates(args: argparse.Namespace) -> dict[str, tuple[nn.Module, RouteCont
         layer = PescFFN(ffn, replace(settings, path=path), 0, args.hidden, context)
         nn.init.normal_(layer.pesc.up, std=0.02)
         built[path] = (layer.train(), context)
+    built["naive"] = (NaiveLayer(layer).train(), context)
     return built
 
 
@@ -95,7 +118,9 @@ def machine() -> dict[str, str | int]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), name)
+        name = next(
+            (x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), name
+        )
     return {
         "processor": name,
         "threads": torch.get_num_threads(),
@@ -116,12 +141,12 @@ def run(args: argparse.Namespace) -> dict:
     ratios = {
         "forward": {n: v["median"] / forwards["dense"]["median"] for n, v in forwards.items()},
         "training": {n: v["median"] / steps["dense"]["median"] for n, v in steps.items()},
-        "loop_over_pesc": steps["loop"]["median"] / steps["auto"]["median"],
+        "naive_over_pesc": steps["naive"]["median"] / steps["auto"]["median"],
     }
     passed = {
         "forward": ratios["forward"]["auto"] <= BOUNDS["forward"],
         "training": ratios["training"]["auto"] <= BOUNDS["training"],
-        "loop_over_pesc": ratios["loop_over_pesc"] >= BOUNDS["loop_over_pesc"],
+        "naive_over_pesc": ratios["naive_over_pesc"] >= BOUNDS["naive_over_pesc"],
     }
     return {
         "command": "python -m benchmarks.pesc_layer",
@@ -144,7 +169,7 @@ def table(result: dict) -> str:
         lines.append(
             f"{name:10}{forward_ms:12.2f}{ratios['forward'][name]:9.3f}{step_ms:13.2f}{ratios['training'][name]:9.3f}"
         )
-    lines.append(f"auto takes {result['auto_takes']}; loop / auto in training {ratios['loop_over_pesc']:.2f}")
+    lines.append(f"auto takes {result['auto_takes']}; naive / auto in training {ratios['naive_over_pesc']:.2f}")
     lines.append(f"bounds {result['bounds']}: {result['passed']}")
     return "\n".join(lines)
 

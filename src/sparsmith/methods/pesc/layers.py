@@ -132,21 +132,18 @@ class RouteContext:
 
     def losses(self, settings: PescSettings) -> dict[str, Tensor]:
         """`balance` and `router_z` of the forward that has just run, each the mean over layers; nothing without router logits."""
-        routed = [r for r in self.layers.values() if r.logits is not None]
-        if not routed:
+        device, norm = None, settings.balance_norm
+        balance, router_z = [], []
+        for routing in self.layers.values():
+            if routing.logits is None:
+                continue
+            device = device or routing.logits.device
+            mask = None if self.mask is None else self.mask.to(routing.logits.device)
+            balance.append(balance_loss(routing.logits, routing.indices, mask, norm=norm).to(device))
+            router_z.append(z_loss(routing.logits, mask).to(device))
+        if not balance:
             return {}
-        device = routed[0].logits.device  # type: ignore[union-attr]
-
-        def mean(values: list[Tensor]) -> Tensor:
-            return torch.stack([value.to(device) for value in values]).mean()
-
-        masks = [None if self.mask is None else self.mask.to(r.indices.device) for r in routed]
-        return {
-            "balance": mean(
-                [balance_loss(r.logits, r.indices, m, norm=settings.balance_norm) for r, m in zip(routed, masks)]
-            ),
-            "router_z": mean([z_loss(r.logits, m) for r, m in zip(routed, masks)]),
-        }
+        return {"balance": torch.stack(balance).mean(), "router_z": torch.stack(router_z).mean()}
 
     def note(self, name: str, value: Tensor) -> None:
         """Keep a figure (on its device) for the next reading."""
@@ -212,11 +209,9 @@ class PescAdapters(nn.Module):
         self.settings = settings
         self.down = nn.Parameter(torch.empty(experts, dim, hidden, dtype=torch.float32, device=device))
         self.up = nn.Parameter(torch.empty(experts, hidden, dim, dtype=torch.float32, device=device))
-        if settings.router == "learned":
-            self.router = Router(experts, hidden, device)
+        self.router = Router(experts, hidden, device) if settings.router == "learned" else None
+        if self.router is not None:
             self.router.weight.requires_grad_(settings.router_trainable)
-        else:
-            self.router = None
 
     @torch.no_grad()
     def reset(self, layer: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,14 +94,14 @@ class PescMethod(Method):
 
     def before_forward(self, model: nn.Module, config: PescConfig, batch: Batch) -> None:
         if config.has_adapters:
-            context = model.route_context
+            context = _crafted(model).route_context
             context.hand(batch.token_mask, batch.input_ids, batch.position_ids, batch.domain)
 
     def loss_terms(self, model: nn.Module, config: PescConfig, batch: Batch) -> dict[str, LossTerm]:
         if not config.trains_router:
             return {}
-        context = model.route_context
-        losses = context.losses(model.settings)
+        context = _crafted(model).route_context
+        losses = context.losses(_crafted(model).settings)
         for name, value in losses.items():
             context.note(name, value)
         weights = {"balance": config.balance_weight, "router_z": config.z_weight}
@@ -114,7 +114,7 @@ class PescMethod(Method):
     def after_forward(self, model: nn.Module, config: PescConfig) -> None:
         if not config.has_adapters:
             return
-        context = model.route_context
+        context = _crafted(model).route_context
         if config.trains_router:
             grads = [a.router.weight.grad for _, a in adapters_of(model) if a.router is not None]
             norms = [g.norm() for g in grads if g is not None]
@@ -123,7 +123,7 @@ class PescMethod(Method):
         context.clear()
 
     def metrics(self, model: nn.Module, config: PescConfig) -> dict[str, Any]:
-        return health.read(model.route_context) if config.has_adapters and config.control == "none" else {}
+        return health.read(_crafted(model).route_context) if config.has_adapters and config.control == "none" else {}
 
     def health(self, metrics: Mapping[str, Any]) -> str:
         return health.words(metrics)
@@ -135,8 +135,9 @@ class PescMethod(Method):
         for _, adapters in adapters_of(model):
             adapters.up.data.mul_(adapters.settings.adapter_scale)
             adapters.settings = replace(adapters.settings, adapter_scale=1.0)
-        model.settings = replace(model.settings, adapter_scale=1.0)
-        model.config.pesc["adapter_scale"] = 1.0
+        crafted = _crafted(model)
+        crafted.settings = replace(crafted.settings, adapter_scale=1.0)
+        crafted.config.pesc["adapter_scale"] = 1.0
         return config.model_copy(
             update={"adapter_scale": float(config.top_k if config.control == "single_adapter" else 1)}
         )
@@ -153,6 +154,10 @@ class PescMethod(Method):
 
     def lora(self, config: PescConfig, shape: ModelShape | None = None) -> LoraSettings | None:
         return config.lora_for(shape)
+
+
+def _crafted(model: nn.Module) -> SparsmithPescForCausalLM:
+    return cast(SparsmithPescForCausalLM, model)
 
 
 def resolve(config: PescConfig, model: nn.Module, seed: int) -> PescSettings:

@@ -59,8 +59,11 @@ class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"pesc"}
+    base: Any
+    settings: PescSettings
+    route_context: RouteContext
 
-    def __init__(self, config: SparsmithPescConfig, base: nn.Module | None = None) -> None:
+    def __init__(self, config: SparsmithPescConfig, base: Any = None) -> None:
         grafting = base is not None
         if base is None:
             wanted = {} if config._attn_implementation is None else {"attn_implementation": config._attn_implementation}
@@ -86,7 +89,7 @@ class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
                 if not all(getattr(p, "_is_hf_initialized", False) for p in adapters.parameters()):
                     adapters.reset(module.layer)
                 for part in adapters.modules():
-                    part._is_hf_initialized = True
+                    part._is_hf_initialized = True  # type: ignore[assignment]
         if not self._grafting:
             super().initialize_weights()
 
@@ -105,7 +108,9 @@ class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return getattr(self.base, self.settings.blocks.split(".")[0])
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any):
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
         """Non-reentrant only: the reentrant form cuts the gradient of the routing losses."""
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("PESC needs gradient checkpointing with use_reentrant=False.")
@@ -151,12 +156,12 @@ class _Opener:
         self.context.begin(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), tuple(given.shape[:2]), past)
 
 
-def graft(base: nn.Module, settings: PescSettings, context: RouteContext) -> None:
+def graft(base: Any, settings: PescSettings, context: RouteContext) -> None:
     """Put a `PescFFN` around the FFN of every chosen block of `base`, in place."""
     blocks: Any = base
     for step in settings.blocks.split("."):
         blocks = getattr(blocks, step)
-    hidden = base.config.hidden_size  # type: ignore[union-attr]
+    hidden = base.config.hidden_size
     for layer in settings.layers:
         ffn = getattr(blocks[layer], settings.ffn)
         wrapped = PescFFN(ffn, settings, layer, hidden, context)
