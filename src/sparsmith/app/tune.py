@@ -191,7 +191,7 @@ class _Session:
         finally:
             bar.close()
         self.train_seconds = time.perf_counter() - begun
-        self.tokens = tuner.window.tokens_seen
+        self.tokens_per_second = tuner.window.tokens_seen / self.train_seconds
 
     def _moved(self, record: dict[str, Any]) -> None:
         """Written at once, so that a run which is cut later keeps its proof."""
@@ -220,6 +220,7 @@ class _Session:
     def _facts(self) -> dict[str, Any]:
         from sparsmith import __version__
 
+        rows = self.steps * self.recipe.train.batch_size
         return {
             "sparsmith": __version__,
             "methods": [config.method for config in self.recipe.methods],  # type: ignore[attr-defined]
@@ -228,8 +229,9 @@ class _Session:
             "command": facts.command(),
             "seed": self.recipe.train.seed,
             "steps": self.steps,
-            "rows": self.steps * self.recipe.train.batch_size,
-            "tokens_trained": self.tokens,
+            "rows": rows,
+            "tokens_trained": sum(len(self.data.train[i]["input_ids"]) for i in range(rows)),
+            "tokens_per_second": self.tokens_per_second,
             "train_seconds": self.train_seconds,
             "seconds": time.time() - self.started,
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
@@ -283,6 +285,7 @@ class _Session:
         self._evaluate(self.model, metrics=["loss"], resamples=1, on_batch=before_forward)
         tables = {}
         for method, config in parts:
+            method.after_forward(self.model, config)
             figures = method.metrics(self.model, config)
             nested = {k.removeprefix("table/"): v for k, v in figures.items() if k.startswith("table/")}
             if nested:

@@ -124,9 +124,7 @@ class Comparison:
                     "active": parameters["active"],
                     "total": parameters["total"],
                     "flops_per_token": cells[0].plan["flops_per_token"]["forward"],
-                    "tokens_per_second": statistics.median(
-                        cell.facts["tokens_trained"] / cell.facts["train_seconds"] for cell in cells
-                    ),
+                    "tokens_per_second": statistics.median(cell.facts["tokens_per_second"] for cell in cells),
                 }
             )
         return found

@@ -44,7 +44,7 @@ def fake_tune(loss_of, calls):
             "flops_per_token": {"forward": 40},
         }
         folder.plan.write_text(json.dumps(plan))
-        facts = {"tokens_trained": 100, "train_seconds": 2.0, "machine": {}, "versions": {}, "steps": 3, "rows": 48}
+        facts = {"tokens_per_second": 50.0, "machine": {}, "versions": {}, "steps": 3, "rows": 48}
         folder.facts.write_text(json.dumps({**facts, "finished": "now"}))
         return folder.root
 
