@@ -22,6 +22,8 @@ _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 class ChatEncoder:
     """Encodes rows by the chat template."""
 
+    recipe_template = "chat"
+
     def __init__(self, tokenizer: Any, loss_on: str = "response") -> None:
         if not tokenizer.chat_template:
             raise DataError(

@@ -7,7 +7,8 @@ sequences of at most `max_length` tokens as best fit finds; the tensor is as wid
 Rows of one sequence must not see each other. transformers builds the block-diagonal mask from `position_ids` that start anew with
 each row, under two conditions: no `attention_mask` is passed, and `use_cache=False` is (a cache switches the detection off in
 silence). This holds for the families of `TOLD_BY_POSITIONS`, with sdpa and eager; a test compares each with unpacked
-rows. For any other family `attention="blocks"` writes the mask out, (B, 1, S, S) bool, which sdpa takes as it is.
+rows. For any other family the mask is written out, (B, 1, S, S): `attention="blocks"` as bool for sdpa, `"additive"` as float32
+(0 or the lowest number) for eager attention, which adds it.
 
 Shapes: B sequences, S tokens (a multiple of 8), R rows.
 """
@@ -37,7 +38,8 @@ class Collator:
         pad_id: token id written at padding (any valid id: padding is never seen nor trained).
         packing: put several rows into one sequence.
         max_length: most tokens of a packed sequence; absent = the longest row of the batch.
-        attention: `positions` (packed: no attention_mask at all) or `blocks` (packed: an explicit block-diagonal causal mask).
+        attention: when packed, `positions` (no attention_mask at all), `blocks` or `additive` (an explicit block-diagonal
+            causal mask). `attention_for(config)` chooses.
 
     Returns (by call): input_ids, labels (-100 = not trained), position_ids, domain (-1 = padding), all (B, S) int64;
         token_mask (B, S) bool, False = padding;
@@ -47,8 +49,8 @@ class Collator:
     def __init__(
         self, pad_id: int, packing: bool = True, max_length: int | None = None, attention: str = "positions"
     ) -> None:
-        if attention not in ("positions", "blocks"):
-            raise ValueError(f"attention is {attention!r}; positions or blocks")
+        if attention not in ("positions", "blocks", "additive"):
+            raise ValueError(f"attention is {attention!r}; positions, blocks or additive")
         self.pad_id, self.packing, self.max_length, self.attention = pad_id, packing, max_length, attention
 
     @classmethod
@@ -81,16 +83,28 @@ class Collator:
         batch["sample_ids"] = torch.tensor([int(row["sample_ids"]) for row in rows])
         if not self.packing:
             batch["attention_mask"] = batch["token_mask"].long()
-        elif self.attention == "blocks":
-            batch["attention_mask"] = block_mask(row_of)
+        elif self.attention != "positions":
+            seen = block_mask(row_of)
+            lowest = torch.finfo(torch.float32).min
+            batch["attention_mask"] = (
+                seen if self.attention == "blocks" else torch.zeros(seen.shape).masked_fill_(~seen, lowest)
+            )
         return batch
 
 
 def attention_for(config: Any) -> str:
-    """`positions` where a family is known to tell packed rows by their positions, `blocks` for any other."""
+    """How packed rows of a model are kept apart, from its config (a crafted model's too): by positions where the family is known to
+    tell them, else by a written mask in the form that its attention takes."""
     inner = getattr(config, "base_config", None) or config
-    model_type = inner.get("model_type") if isinstance(inner, dict) else getattr(inner, "model_type", None)
-    return "positions" if model_type is None or model_type in TOLD_BY_POSITIONS else "blocks"
+    facts = (
+        inner
+        if isinstance(inner, dict)
+        else {name: getattr(inner, name, None) for name in ("model_type", "_attn_implementation")}
+    )
+    if facts.get("model_type") is None or facts["model_type"] in TOLD_BY_POSITIONS:
+        return "positions"
+    kind = getattr(config, "_attn_implementation", None) or facts.get("_attn_implementation")
+    return "additive" if kind == "eager" else "blocks"
 
 
 def pad_id_of(tokenizer: Any) -> int:

@@ -5,7 +5,6 @@ The arrays hold every good row whole; `fit` then applies `max_length`, so that a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from sparsmith.data import cache
 from sparsmith.data.rows import Reject, RowFault, reject
 from sparsmith.data.sources import Example, OpenSource, RowSet, open_source, read_rows
-from sparsmith.data.tokens import TokenRow
+from sparsmith.data.tokens import TokenRow, tokenizer_hash
 from sparsmith.data.workers import encode_all
 from sparsmith.errors import DataError
 from sparsmith.recipe.schema import DataSettings, Source
@@ -198,13 +197,3 @@ def _unpack(name: str, stored: tuple[Any, Any], opened: OpenSource) -> TokenSet:
         fingerprints=opened.fingerprints,
         **arrays,
     )
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 over what decides a tokenizer's ids."""
-    body = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
-    text = json.dumps([type(tokenizer).__name__, body, tokenizer.chat_template, special], sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

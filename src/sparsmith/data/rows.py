@@ -18,6 +18,10 @@ class RowFault(Exception):
         super().__init__(found)
         self.found, self.expected, self.mend, self.field = found, expected, mend, field
 
+    def as_dict(self) -> dict[str, str]:
+        """The arguments that make the fault anew."""
+        return {"found": self.found, "expected": self.expected, "mend": self.mend, "field": self.field}
+
     def at(self, file: str, line: int) -> DataError:
         """The fault as the error that the user reads, in one line."""
         where = f"{file}:{line}" + (f":{self.field}" if self.field else "")

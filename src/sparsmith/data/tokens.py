@@ -11,6 +11,8 @@ data that spell a special token (`</s>` in a web page) are encoded as plain text
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from string import Formatter
@@ -88,7 +90,7 @@ class TemplateEncoder:
 
     def __init__(self, tokenizer: Any, template: str = DEFAULT_TEMPLATE, loss_on: str = "response") -> None:
         self.tokenizer, self.loss_on = tokenizer, loss_on
-        self.template = Template(template)
+        self.recipe_template, self.template = template, Template(template)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if self.eos is None:
             raise DataError("tokenizer", "no end-of-sequence token", "a tokenizer with one", "Set tokenizer.eos_token.")
@@ -152,6 +154,16 @@ def special_words(tokenizer: Any) -> re.Pattern[str] | None:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     words = {word for word in [*tokenizer.all_special_tokens, *added] if word}
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))) if words else None
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 over what decides a tokenizer's ids."""
+    body = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
+    text = json.dumps([type(tokenizer).__name__, body, tokenizer.chat_template, special], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def encode_plain(tokenizer: Any, texts: list[str], plain: bool = False) -> list[list[int]]:

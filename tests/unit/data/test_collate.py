@@ -36,7 +36,7 @@ def test_packing_holds_every_row_once_in_few_sequences(lengths, limit):
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths_of_any, st.booleans(), st.sampled_from(["positions", "blocks"]))
+@given(lengths_of_any, st.booleans(), st.sampled_from(["positions", "blocks", "additive"]))
 def test_a_batch_holds_the_rows(lengths, packing, attention):
     rows = rows_of(lengths)
     batch = Collator(9, packing, 40, attention)(rows)
@@ -44,7 +44,7 @@ def test_a_batch_holds_the_rows(lengths, packing, attention):
     mask = batch["token_mask"]
     assert S % 8 == 0 and mask.sum(1).max() > S - 8
     assert batch["sample_ids"].tolist() == [row["sample_ids"] for row in rows]
-    assert ("attention_mask" in batch) == (not packing or attention == "blocks")
+    assert ("attention_mask" in batch) == (not packing or attention != "positions")
     assert int(mask.sum()) == sum(lengths)
     assert (
         (batch["input_ids"][~mask] == 9).all()
@@ -93,7 +93,9 @@ def test_families():
     assert attention_for(Config()) == attention_for(None) == "positions"
     Config.model_type = "opt"
     assert attention_for(Config()) == "blocks"
+    Config._attn_implementation = "eager"
+    assert attention_for(Config()) == "additive"
     Config.base_config = {"model_type": "qwen2"}
     assert attention_for(Config()) == "positions"
-    with pytest.raises(ValueError, match="positions or blocks"):
+    with pytest.raises(ValueError, match="blocks or additive"):
         Collator(0, attention="flash")
