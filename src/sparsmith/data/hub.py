@@ -53,7 +53,7 @@ def open_dataset(path: Path, shown: str, split: str | None) -> Any:
 def read_dataset(dataset: Any, shown: str) -> Iterator[Row | Reject]:
     """Rows of a `datasets.Dataset`; the line is the number of the row."""
     for number, values in enumerate(dataset, start=1):
-        yield Row(shown, number, dict(values), repr(values))
+        yield Row(shown, number, dict(values), json.dumps(dict(values), ensure_ascii=False, default=repr))
 
 
 def fingerprint_rows(dataset: Any) -> str:

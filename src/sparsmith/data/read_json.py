@@ -29,6 +29,8 @@ def _constant(name: str) -> Any:
     )
 
 
+ROW_LISTS = ("messages", "conversations", "conversation")
+"""Lists of objects that are part of a row and not a list of rows."""
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
@@ -95,26 +97,29 @@ def read_json(data: bytes, shown: str) -> Iterator[Row | Reject]:
 
     A fault of syntax ends the file: past it no row has a certain place.
     """
-    first = next(iter(lines_of(data)), (1, b""))[1]
-    if first.strip().startswith(b"{") and _is_object(first):
+    if _is_lines(data):
         yield from read_jsonl(data, shown)
         return
     text = _decode_whole(data, shown)
     start = _end_of_space(text, 0)
     try:
-        if text[start : start + 1] == "{":
+        inner = text[start : start + 1] == "{"
+        if inner:
             start = _find_list(text, start, shown)
-        yield from _elements(text, start, shown)
+        yield from _elements(text, start, shown, inner)
     except RowFault as fault:
         raise fault.at(shown, 1) from None
 
 
-def _is_object(raw: bytes) -> bool:
+def _is_lines(data: bytes) -> bool:
+    """True where the first line is a whole object and others follow, or where the only line is itself a row."""
+    lines = lines_of(data)
     try:
-        parse_line(raw)
+        first = parse_line(next(lines, (1, b""))[1])
     except RowFault:
         return False
-    return b'":[{' not in raw.replace(b" ", b"")[:200]
+    holds_rows = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in first.values())
+    return next(lines, None) is not None or not holds_rows or any(name in first for name in ROW_LISTS)
 
 
 def _decode_whole(data: bytes, shown: str) -> str:
@@ -128,14 +133,14 @@ def _decode_whole(data: bytes, shown: str) -> str:
         ) from None
 
 
-def _elements(text: str, start: int, shown: str) -> Iterator[Row | Reject]:
+def _elements(text: str, start: int, shown: str, inner: bool) -> Iterator[Row | Reject]:
     if text[start : start + 1] != "[":
         raise RowFault(
             "no JSON list", 'a list of objects, or an object that holds one, `{"data": [...]}`', "Mend the file."
         )
     position, line, counted = _end_of_space(text, start + 1), 1, 0
     if text[position : position + 1] == "]":
-        return
+        return _expect_end(text, position + 1, shown, inner)
     while True:
         line, counted = line + text.count("\n", counted, position), position
         try:
@@ -150,13 +155,20 @@ def _elements(text: str, start: int, shown: str) -> Iterator[Row | Reject]:
         position = _end_of_space(text, end)
         sign = text[position : position + 1]
         if sign == "]":
-            return
+            return _expect_end(text, position + 1, shown, inner)
         if sign != ",":
             line += text.count("\n", counted, position)
             raise RowFault(
                 f"{sign!r} after a row" if sign else "the end of the file", "`,` or `]`", "Mend the list."
             ).at(shown, line)
         position = _end_of_space(text, position + 1)
+
+
+def _expect_end(text: str, position: int, shown: str, inner: bool) -> None:
+    rest = _end_of_space(text, position)
+    if not inner and rest < len(text):
+        found = f"text after the end of the list: {text[rest : rest + 20]!r}"
+        raise RowFault(found, "the end of the file", "Mend the file.").at(shown, text.count("\n", 0, rest) + 1)
 
 
 def _find_list(text: str, start: int, shown: str) -> int:
@@ -177,6 +189,11 @@ def _find_list(text: str, start: int, shown: str) -> int:
         position = _end_of_space(text, end)
         if text[position : position + 1] == ",":
             position = _end_of_space(text, position + 1)
+    if not text[position : position + 1]:
+        raise RowFault("the end of the file", "`}`", "Download or write the file again.").at(
+            shown, text.count("\n") + 1
+        )
+    _expect_end(text, position + 1, shown, inner=False)
     if len(lists) != 1:
         names = ", ".join(f"`{name}`" for name, _ in lists) or "none"
         raise RowFault(

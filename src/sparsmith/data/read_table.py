@@ -10,6 +10,7 @@ cell is kept as it stands.
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -71,7 +72,7 @@ def read_parquet(data: bytes, shown: str) -> Iterator[Row | Reject]:
         for batch in table.iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 number += 1
-                yield Row(shown, number, values, repr(values))
+                yield Row(shown, number, values, json.dumps(values, ensure_ascii=False, default=repr))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as fault:
         reason = str(fault).splitlines()[0][:120] if str(fault) else type(fault).__name__
         raise DataError(

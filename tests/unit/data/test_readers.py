@@ -71,6 +71,13 @@ def test_json_lines_in_a_json_file_are_read(tmp_path):
     assert texts(read_rows(source("r.json"), "stop", tmp_path)) == ROWS
 
 
+def test_conversations_in_a_json_file_are_rows_and_not_the_file(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for count in (1, 3):
+        write_jsonl(tmp_path / "r.json", [row] * count)
+        assert len(read_rows(source("r.json"), "stop", tmp_path).rows) == count
+
+
 def test_a_headless_tsv_is_named_by_position_and_unescaped(tmp_path):
     (tmp_path / "r.tsv").write_bytes(b'"Is it?"\\n- yes\tyes\tBecause.\nWhat, 5" wide?\tno\t\\alpha\n')
     found = read_rows(source("r.tsv", columns={"prompt": "0", "completion": "{2} So {1}."}), "stop", tmp_path)
