@@ -52,9 +52,9 @@ def write_delta(model: PreTrainedModel, folder: Path) -> Identity:
 
 
 def read_delta_identity(folder: Path) -> Identity:
-    """`sparsmith.json`, held against the header of the weights, and then every file against the manifest.
+    """`sparsmith.json`, held against the headers of the weights: settings, and name, shape and type of every tensor.
 
-    In this order, so that an edited setting is told with both values and not as a mere difference of hashes.
+    The hashes of the manifest come after this, so that an edit is told with both values and not as a mere difference.
     """
     identity = read_identity(folder)
     if identity.kind != "delta":
@@ -65,6 +65,7 @@ def read_delta_identity(folder: Path) -> Identity:
     header = strict.read_metadata(file).get(_HEADER, "")
     written = durable.parse_json(header.encode(), f"{file}: header")
     compare(f"{folder}/sparsmith.json", identity.core(), written, _EDITED)
+    strict.compare_tables(f"{folder}/sparsmith.json", strict.file_rows(folder), identity.rows())
     return identity
 
 
@@ -84,8 +85,6 @@ def fill_delta(model: PreTrainedModel, folder: Path, identity: Identity | None =
     _check_lora_settings(model, folder, bool(lora))
     found = strict.read_tensors(folder / WEIGHTS)
     found_lora = strict.read_tensors(folder / LORA_WEIGHTS) if lora else {}
-    listed = {name: (row.shape, row.dtype) for name, row in identity.tensors.items()}
-    strict.compare_tables(f"{folder}/sparsmith.json", strict.shapes_of({**found, **found_lora}), listed)
     strict.fill(f"{folder / WEIGHTS}", state, found)
     strict.fill(f"{folder / LORA_WEIGHTS}", lora, found_lora)
     _check_landed(model, found)

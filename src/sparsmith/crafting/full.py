@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sparsmith import auto, durable
@@ -66,7 +67,7 @@ def write_full(model: PreTrainedModel, folder: Path) -> Identity:
         _add_model_code(model, folder, sources)
     rows = {
         name: strict.TensorRow(shape=shape, dtype=kind, role=role)
-        for (name, (shape, kind)), role in _with_roles(model, file_rows(folder))
+        for (name, (shape, kind)), role in _with_roles(model, strict.file_rows(folder))
     }
     identity = identify(model, record, "full", rows, model_config=durable.read_json(folder / CONFIG))
     write_identity(folder, identity)
@@ -78,9 +79,11 @@ def load_full(folder: Path, identity: Identity) -> PreTrainedModel:
     compare(
         f"{folder / CONFIG}", durable.read_json(durable.inside(folder, CONFIG)), identity.model_config_json, _EDITED
     )
+    listed = identity.rows()
+    strict.compare_tables(f"{folder}/sparsmith.json", strict.file_rows(folder), listed)
     durable.verify_folder(folder)
-    listed = {name: (row.shape, row.dtype) for name, row in identity.tensors.items()}
-    strict.compare_tables(f"{folder}/sparsmith.json", file_rows(folder), listed)
+    for file in sorted(folder.glob("*.json")):  # transformers passes over a broken generation_config.json in silence
+        durable.read_json(file)
     configs = identity.method_configs(f"{folder}/sparsmith.json")
     model = _open(folder, identity)
     state = {k: v for k, v in strict.shapes_of(_tensors(model)).items() if k in listed}
@@ -95,19 +98,6 @@ def standalone_sources(model: PreTrainedModel, record: CraftRecord) -> tuple[str
     one."""
     sources = tuple(dict.fromkeys(name for method, _ in record.parts for name in method.standalone_sources()))
     return sources if type(model).__module__ in sources else ()
-
-
-def file_rows(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype) over all weight files of the folder."""
-    rows: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, row in strict.read_rows(durable.inside(folder, file.name)).items():
-            if name in rows:
-                raise CheckpointMismatch(
-                    f"{file}: {name}", "a tensor that another shard holds too", "each once", _EDITED
-                )
-            rows[name] = row
-    return rows
 
 
 def _check_stock(model: PreTrainedModel) -> None:
@@ -151,7 +141,7 @@ def _open(folder: Path, identity: Identity) -> PreTrainedModel:
     options = {"attn_implementation": attention} if attention else {}
     try:
         model, info = opener.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as fault:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as fault:
         raise CheckpointError(
             str(folder),
             " ".join(str(fault).split())[:300],

@@ -65,6 +65,10 @@ class Identity(StrictModel):
         """The part that a delta repeats in the header of its weights, so that an edit of either is seen."""
         return self.model_dump(mode="json", exclude={"tensors", "model_config_json"})
 
+    def rows(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, dtype name), as `tensors.compare_tables` wants it."""
+        return {name: (row.shape, row.dtype) for name, row in self.tensors.items()}
+
     def method_configs(self, where: str) -> tuple[MethodConfig, ...]:
         """The configs as the methods' own classes."""
         try:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsmith import durable
 from sparsmith.errors import CheckpointError, CheckpointMismatch, nearest
 from sparsmith.recipe.strict import StrictModel
 
@@ -39,10 +40,14 @@ def table_of(tensors: Mapping[str, Tensor], roles: Mapping[str, str], default: s
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write finite tensors; one that holds NaN or infinity stops the save before a byte is written."""
+    """Write finite tensors; one that holds NaN or infinity stops the save before a byte is written.
+
+    `metadata` has one key at most: safetensors writes several in no fixed order, and equal models shall give equal files.
+    """
+    assert len(metadata) <= 1
     check_finite(str(file), tensors)
     ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    save_file(ready, file, {"format": "pt", **metadata})
+    save_file(ready, file, metadata or {"format": "pt"})
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -65,6 +70,19 @@ def read_rows(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             }
     except (SafetensorError, OSError, ValueError) as fault:
         raise _broken(file, fault) from fault
+
+
+def file_rows(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) over all weight files of the folder."""
+    rows: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, row in read_rows(durable.inside(folder, file.name)).items():
+            if name in rows:
+                raise CheckpointMismatch(
+                    f"{file}: {name}", "a tensor that another shard holds too", "each once", "Remove one of the two."
+                )
+            rows[name] = row
+    return rows
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

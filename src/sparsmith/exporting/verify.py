@@ -78,6 +78,9 @@ def _sealed(root: Path) -> Iterator[Path]:
 def _check(folder: Path) -> FolderReport:
     identity = _identity_of(folder)
     entries = durable.verify_folder(folder)
+    for name in entries:
+        if name.endswith(".json"):
+            durable.read_json(folder / name)
     rows = _check_tensors(folder, identity)
     if identity is not None:
         identity.method_configs(str(folder / FILE))
@@ -104,10 +107,9 @@ def _identity_of(folder: Path) -> Identity | None:
 
 
 def _check_tensors(folder: Path, identity: Identity | None) -> dict[str, tuple[tuple[int, ...], str]]:
-    rows = full.file_rows(folder)
+    rows = strict.file_rows(folder)
     if identity is not None:
-        listed = {name: (row.shape, row.dtype) for name, row in identity.tensors.items()}
-        strict.compare_tables(f"{folder / FILE}", rows, listed)
+        strict.compare_tables(f"{folder / FILE}", rows, identity.rows())
     for file in sorted(folder.glob("*.safetensors")):
         strict.check_file_finite(file)
     return rows

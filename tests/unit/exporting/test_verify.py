@@ -1,0 +1,85 @@
+"""`verify` works on a delta, a full checkpoint, an export and a run, and names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import sparsmith as sm
+from sparsmith import durable
+from sparsmith.errors import CheckpointError, CheckpointMismatch
+from sparsmith.exporting import verify
+from tests.kit.checkpoints import DELTA, IDENTITY, crafted, edit_json, edit_tensors, save_base
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    model = crafted(save_base(home / "base"))
+    sm.save(model, home / "delta")
+    sm.save(model, home / "full", full=True)
+    return home
+
+
+def test_whole_folders_are_counted(home):
+    delta, full = verify(home / "delta").folders[0], verify(home / "full").folders[0]
+    assert (delta.kind, full.kind) == ("delta", "full")
+    rows = json.loads((home / "full" / IDENTITY).read_text())["tensors"]
+    assert full.tensors == len(rows) and full.parameters == sum(p.numel() for p in sm.load(home / "full").parameters())
+    assert delta.parameters < full.parameters
+    report = verify(home / "delta")
+    assert "whole: " in str(report) and json.dumps(report.as_dict()) and report.as_dict()["passed"]
+
+
+def test_every_sealed_folder_of_a_run_is_checked(home, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(home / "delta", run / "model")
+    with durable.durable_folder(run / "checkpoints" / "step-000005") as step:
+        shutil.copytree(home / "delta", step / "model", ignore=shutil.ignore_patterns("manifest.json"))
+        (step / "trainer.json").write_text("{}")
+    durable.write_text(run / "recipe.yaml", "output: run\n")
+    (run / "checkpoints" / ".step-000010.writing-ab").mkdir()
+    kinds = {folder.path.removeprefix(str(run)): folder.kind for folder in verify(run).folders}
+    assert kinds == {"/model": "delta", "/checkpoints/step-000005": "files"}
+    step = run / "checkpoints" / "step-000005"
+    data = bytearray((step / "model" / DELTA).read_bytes())
+    data[-1] ^= 1
+    (step / "model" / DELTA).write_bytes(data)
+    with pytest.raises(CheckpointError, match="step-000005"):
+        verify(run)
+
+
+def test_what_is_wrong_is_named(home, tmp_path):
+    def fresh(name):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        shutil.copytree(home / name, tmp_path / name)
+        return tmp_path / name
+
+    folder = fresh("full")
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors["base.lm_head.weight"].fill_(float("inf")))
+    with pytest.raises(CheckpointError, match=r"base\.lm_head\.weight: found NaN or infinity"):
+        verify(folder)
+    folder = fresh("full")
+    edit_json(folder / "config.json", lambda data: data["pesc"].update(top_k=1))
+    with pytest.raises(CheckpointMismatch, match=r"pesc\.top_k: found 1; expected 2"):
+        verify(folder)
+    folder = fresh("delta")
+    edit_json(folder / IDENTITY, lambda data: data["configs"][0].update(adapter_scale=1.0))
+    with pytest.raises(CheckpointMismatch, match=r"configs\.0\.adapter_scale: found 1.0; expected 0.25"):
+        verify(folder)
+    folder = fresh("delta")
+    edit_json(folder / IDENTITY, lambda data: data["tensors"].popitem())
+    with pytest.raises(CheckpointMismatch, match="nothing asks for"):
+        verify(folder)
+
+
+def test_what_is_no_checkpoint_is_told(home, tmp_path):
+    for path in (tmp_path / "missing", tmp_path, home / "base"):
+        with pytest.raises(CheckpointError):
+            verify(path)
+    shutil.copytree(home / "delta", tmp_path / "cut")
+    (tmp_path / "cut" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        verify(tmp_path / "cut")
