@@ -117,10 +117,10 @@ class Objective(nn.Module):
         found = {}
         for method, config in self._parts:
             terms = method.loss_terms(self.model, config, batch)
-            if not self._checked and self.training:
+            if not self._checked and torch.is_grad_enabled():
                 _check_terms(method.name, terms, method.wanted_terms(config))
             found.update({f"{method.name}.{name}": term for name, term in terms.items()})
-        self._checked = self._checked or self.training
+        self._checked = self._checked or torch.is_grad_enabled()
         return found
 
     def activation_checkpointing_enable(
