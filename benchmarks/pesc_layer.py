@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsmith.methods.pesc.layers import PescFFN, PescSettings, RouteContext
+from sparsmith.ops.adapter_experts import grouped_experts, masked_experts
 
 RESULT = Path(__file__).parent / "results" / "pesc_layer.json"
 PATHS = ("auto", "masked", "grouped", "loop")
@@ -114,6 +115,43 @@ def measure(tasks: dict[str, Callable[[], None]], repeats: int, warm_up: int = 3
     }
 
 
+def smallest(task: Callable[[], object], repeats: int = 15) -> float:
+    """Seconds of the fastest of several runs."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        task()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@torch.no_grad()
+def device_row(args: argparse.Namespace) -> dict[str, float]:
+    """The figures of `sparsmith.ops.cost.DeviceRow`, fastest of 15 runs each.
+
+    phi: the product h D^T of the masked path. eta: the grouped product's rate over phi. beta: bytes read and written by gathering the
+    T*k rows. lambda: a forward of each path over one token, less the time that its weights need at beta.
+    """
+    tokens, hidden, experts, dim, k = args.tokens, args.hidden, args.experts, args.adapter_dim, args.top_k
+    h, down, up = torch.randn(tokens, hidden), torch.randn(experts, dim, hidden), torch.randn(experts, hidden, dim)
+    rows, token = torch.randn(tokens * k, hidden), torch.randint(0, tokens, (tokens * k,))
+    offsets = (torch.arange(1, experts + 1) * (tokens * k // experts)).to(torch.int32)
+    wide = smallest(lambda: h @ down.view(-1, hidden).t())
+    narrow = smallest(lambda: F.grouped_mm(rows, down.transpose(1, 2), offs=offsets))
+    phi = 2 * tokens * hidden * experts * dim / wide
+    beta = 2 * 4 * tokens * k * hidden / smallest(lambda: h.index_select(0, token))
+    indices, gates = torch.arange(k)[None], torch.full((1, k), 1 / k)
+    single = {p: smallest(lambda p=p: p(h[:1], down, up, indices, gates)) for p in (masked_experts, grouped_experts)}
+    weights = 2 * 4 * hidden * dim / beta
+    return {
+        "phi": phi,
+        "beta": beta,
+        "eta": 2 * tokens * k * hidden * dim / narrow / phi,
+        "lambda_masked": max(0.0, single[masked_experts] - experts * weights),
+        "lambda_grouped": max(0.0, single[grouped_experts] - k * weights),
+    }
+
+
 def machine() -> dict[str, str | int]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -152,6 +190,7 @@ def run(args: argparse.Namespace) -> dict:
         "command": "python -m benchmarks.pesc_layer",
         "machine": machine(),
         "sizes": {k: v for k, v in vars(args).items() if k != "out"},
+        "device_row": device_row(args),
         "auto_takes": auto.pesc.path_for(x.reshape(args.tokens, -1)),
         "forward_ms": forwards,
         "training_ms": steps,
@@ -170,6 +209,7 @@ def table(result: dict) -> str:
             f"{name:10}{forward_ms:12.2f}{ratios['forward'][name]:9.3f}{step_ms:13.2f}{ratios['training'][name]:9.3f}"
         )
     lines.append(f"auto takes {result['auto_takes']}; naive / auto in training {ratios['naive_over_pesc']:.2f}")
+    lines.append("device row " + ", ".join(f"{name} {value:.2e}" for name, value in result["device_row"].items()))
     lines.append(f"bounds {result['bounds']}: {result['passed']}")
     return "\n".join(lines)
 

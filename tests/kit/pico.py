@@ -7,6 +7,7 @@ deep copy each time, so a test may cut it up.
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache
 from typing import Any
 
@@ -59,10 +60,10 @@ def pico_config(family: str = "llama", **changes: Any):
 
 
 @cache
-def _built(family: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+def _built(family: str, seed: int, changes: str) -> PreTrainedModel:
     state = torch.get_rng_state()
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(pico_config(family, **dict(changes)), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(pico_config(family, **json.loads(changes)), attn_implementation="eager")
     torch.set_rng_state(state)
     return model.eval()
 
@@ -71,7 +72,7 @@ def pico_model(
     family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
     """A fresh random model in eval mode, attention `eager`."""
-    return copy.deepcopy(_built(family, seed, tuple(sorted(changes.items())))).to(dtype)
+    return copy.deepcopy(_built(family, seed, json.dumps(changes, sort_keys=True))).to(dtype)
 
 
 def pico_ids(rows: int = 2, length: int = 12, *, seed: int = 0, low: int = 3) -> torch.Tensor:

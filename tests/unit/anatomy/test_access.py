@@ -26,7 +26,7 @@ def test_softcap_is_applied():
 def test_a_missing_part_is_named_with_class_and_attribute():
     model = pico_model()
     del anatomy.blocks(model)[1].mlp
-    with pytest.raises(UnsupportedAnatomy, match="LlamaDecoderLayer without attribute `mlp`"):
+    with pytest.raises(UnsupportedAnatomy, match=r"LlamaDecoderLayer without attribute `mlp`"):
         anatomy.probe(model)
 
 
@@ -47,5 +47,5 @@ def test_an_ffn_that_maps_one_to_two_is_refused():
 
 
 def test_a_thing_without_a_config_is_refused():
-    with pytest.raises(UnsupportedAnatomy, match="Linear.*config"):
+    with pytest.raises(UnsupportedAnatomy, match=r"Linear.*config"):
         anatomy.blocks(torch.nn.Linear(2, 2))

@@ -22,7 +22,7 @@ def test_mixtures_of_experts_are_refused_as_such(config):
 
 
 def test_an_unknown_family_names_its_class_and_the_nearest():
-    with pytest.raises(UnsupportedAnatomy, match="SimpleNamespace.*`lama`.*`llama`.*register"):
+    with pytest.raises(UnsupportedAnatomy, match=r"SimpleNamespace.*`lama`.*`llama`.*register"):
         anatomy.of(SimpleNamespace(model_type="lama"))
 
 

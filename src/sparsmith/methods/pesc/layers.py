@@ -92,6 +92,10 @@ class RouteContext:
         """A copied model starts with a context of its own: what is held here belongs to a forward of the original."""
         return RouteContext()
 
+    def __reduce__(self):
+        """A copied or pickled model starts with an empty context: what one forward left belongs to its own graph."""
+        return (type(self), ())
+
     def hand(self, mask: Tensor | None, ids: Tensor, positions: Tensor | None, domain: Tensor | None) -> None:
         """Give the next forwards over `ids` their mask, positions and domains, (B, S) each."""
         self.handed = (mask, ids, positions, domain)
@@ -105,8 +109,10 @@ class RouteContext:
             mask, ids, handed_positions, domain = self.handed
             positions = handed_positions if handed_positions is not None else positions
             self.domain = None if domain is None else domain.reshape(-1)
-        fits = mask is not None and mask.dim() == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]
-        mask = mask.bool() if fits and mask is not None else None
+        fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]
+        mask = (
+            mask.bool() if fits and mask is not None else None
+        )  # a prepared 4-d mask, or a dict of them, says nothing here
         if positions is None or positions.dim() != 2:
             positions = _positions(mask, shape, past, ids)
         self.mask = None if mask is None else mask[:, -shape[1] :].reshape(-1)

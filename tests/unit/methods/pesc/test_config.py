@@ -54,7 +54,7 @@ def test_what_cannot_work_or_has_no_effect_is_refused(settings, words):
 
 
 def test_several_faults_are_told_at_once():
-    with pytest.raises(ValidationError, match="(?s)top_k.*adapter_dim"):
+    with pytest.raises(ValidationError, match=r"(?s)top_k.*adapter_dim"):
         PescConfig(top_k=9, adapter_dim=60)
 
 
@@ -118,7 +118,7 @@ def test_equal_lora_meets_the_budget(size):
 
 
 def test_equal_lora_without_a_shape_is_told():
-    with pytest.raises(MethodError, match="equal_lora"):
+    with pytest.raises(MethodError, match=r"equal_lora"):
         PescConfig(control="equal_lora").lora_for(None)
 
 
