@@ -14,6 +14,7 @@ from sparsmith import anatomy
 from sparsmith.crafting.compose import check_composition
 from sparsmith.crafting.lora_count import lora_parameters_of, merged_settings
 from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, activation_bytes, optimizer_bytes, weight_bytes
+from sparsmith.crafting.plan_text import plan_renderable, plan_text
 from sparsmith.errors import CheckpointError
 from sparsmith.methods import registry
 from sparsmith.methods.base import MethodConfig, MethodPlan, ModuleChange
@@ -77,14 +78,10 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        from sparsmith.crafting.plan_text import plan_text
-
-        return plan_text(self)
+        return plan_text(self.as_dict())
 
     def __rich__(self) -> Any:
-        from sparsmith.crafting.plan_text import plan_renderable
-
-        return plan_renderable(self)
+        return plan_renderable(self.as_dict())
 
 
 def plan(

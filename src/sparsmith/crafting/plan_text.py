@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sparsmith.crafting.plan import Plan
+Figures = dict[str, Any]
+"""A plan as data (`Plan.as_dict()`)."""
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -27,28 +27,27 @@ def number(count: float) -> str:
     return f"{count:.0f}"
 
 
-def plan_tables(plan: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
+def plan_tables(plan: Figures) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows) of every table."""
-    memory, flops = plan.memory, plan.flops
+    memory, flops, counts, disk = plan["memory"], plan["flops_per_token"], plan["parameters"], plan["disk"]
     cases = ("low", "expected", "high")
-    fixed = [("weights", memory.weights), ("gradients", memory.gradients), ("optimizer", memory.optimizer)]
     return [
         (
-            f"{' + '.join(plan.methods)} on {plan.base}",
+            f"{' + '.join(plan['methods'])} on {plan['base']}",
             ["modules", "change", "count"],
-            [[change.where, change.what, str(change.count)] for change in plan.changes],
+            [[change["where"], change["what"], str(change["count"])] for change in plan["changes"]],
         ),
         (
             "Parameters",
             ["", "count", "of base"],
             [
-                [label, f"{count:,}", f"{count / plan.base_params:.2%}"]
+                [label, f"{count:,}", f"{count / counts['base']:.2%}"]
                 for label, count in [
-                    ("base", plan.base_params),
-                    ("total", plan.total_params),
-                    ("active per token", plan.active_params),
-                    *((f"trained: {role}", n) for role, n in plan.trained.items()),
-                    ("trained, all", plan.trained_params),
+                    ("base", counts["base"]),
+                    ("total", counts["total"]),
+                    ("active per token", counts["active"]),
+                    *((f"trained: {role}", n) for role, n in counts["trained"].items()),
+                    ("trained, all", counts["trained_total"]),
                 ]
             ],
         ),
@@ -56,36 +55,36 @@ def plan_tables(plan: Plan) -> list[tuple[str, list[str], list[list[str]]]]:
             "Memory while tuning",
             ["", *cases],
             [
-                *([name, *[size(value)] * 3] for name, value in fixed),
-                ["activations", *(size(memory.activations[case]) for case in cases)],
-                ["together", *(size(memory.total(case)) for case in cases)],
+                *([name, *[size(memory[name])] * 3] for name in ("weights", "gradients", "optimizer")),
+                ["activations", *(size(memory["activations"][case]) for case in cases)],
+                ["together", *(size(memory["total"][case]) for case in cases)],
             ],
         ),
         (
             "Cost",
             ["", "", ""],
             [
-                ["forward FLOPs per token", number(flops.forward), f"{flops.overhead:.3f}x the base"],
-                ["training FLOPs per token", number(flops.training), f"at {flops.context} tokens of context"],
-                ["disk: delta checkpoint", size(plan.disk["delta"]), ""],
-                ["disk: with optimizer state", size(plan.disk["trainer_checkpoint"]), ""],
-                ["disk: full export", size(plan.disk["export"]), ""],
+                ["forward FLOPs per token", number(flops["forward"]), f"{flops['overhead']:.3f}x the base"],
+                ["training FLOPs per token", number(flops["training"]), f"at {flops['context']} tokens of context"],
+                ["disk: delta checkpoint", size(disk["delta"]), ""],
+                ["disk: with optimizer state", size(disk["trainer_checkpoint"]), ""],
+                ["disk: full export", size(disk["export"]), ""],
             ],
         ),
     ]
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Figures) -> str:
     """Plain text, for files and pipes."""
     lines: list[str] = []
     for title, columns, rows in plan_tables(plan):
         widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
         lines.append(title)
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in plan["notes"])])
 
 
-def plan_renderable(plan: Plan) -> Any:
+def plan_renderable(plan: Figures) -> Any:
     """A rich group of tables."""
     from rich.console import Group
     from rich.table import Table
@@ -95,10 +94,10 @@ def plan_renderable(plan: Plan) -> Any:
         table = Table(title=title, title_justify="left", show_header=any(columns))
         for i, column in enumerate(columns):
             table.add_column(
-                column, justify="left" if i == 0 or title.startswith(" + ".join(plan.methods)) else "right"
+                column, justify="left" if i == 0 or title.startswith(" + ".join(plan["methods"])) else "right"
             )
         for row in rows:
             table.add_row(*row)
         parts.append(table)
-    parts += [f"note: {note}" for note in plan.notes]
+    parts += [f"note: {note}" for note in plan["notes"]]
     return Group(*parts)

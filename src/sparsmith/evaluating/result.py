@@ -9,21 +9,9 @@ from typing import Any
 
 from sparsmith.bootstrap import RESAMPLES, Figure, Figures, RowScores, Summary, paired_differences, summarise
 from sparsmith.errors import CheckpointError
+from sparsmith.evaluating.metrics import METRICS, NATS
 
 FORMAT = 1
-
-METRICS: dict[str, tuple[str, bool]] = {
-    "loss": ("held-out loss, nats per token", False),
-    "exact_match": ("exact match", True),
-    "finished": ("answers that end by themselves", True),
-    "rank": ("rank accuracy", True),
-    "rank_by_token": ("rank accuracy, per token", True),
-    "rank_by_byte": ("rank accuracy, per byte", True),
-    "rank_margin": ("rank margin, nats", True),
-}
-"""Metric -> (words, whether larger is better)."""
-NATS = ("loss", "rank_margin")
-"""Metrics that are no shares."""
 
 
 @dataclass(frozen=True)

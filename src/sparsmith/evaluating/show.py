@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from io import StringIO
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
 
-from sparsmith.bootstrap import Figure
-from sparsmith.evaluating.result import METRICS, NATS, EvalResult
+from sparsmith.bootstrap import Figure, Figures
+from sparsmith.evaluating.metrics import METRICS, NATS
 
 _SHOWN = ("loss", "exact_match", "rank", "rank_by_token", "rank_by_byte")
+
+
+class Levels(Protocol):
+    """What is shown of a result: the figures of its sets, of its domains, and overall."""
+
+    @property
+    def sets(self) -> Figures: ...
+    @property
+    def domains(self) -> Figures: ...
+    @property
+    def overall(self) -> dict[str, Figure]: ...
 
 
 def number(figure: Figure, metric: str) -> str:
@@ -30,7 +42,7 @@ def best_of(figures: Mapping[str, Figure], metric: str) -> set[str]:
     return {name for name, figure in figures.items() if figure.value == top}
 
 
-def result_table(results: Mapping[str, EvalResult], *, title: str = "", by_set: bool = False) -> Table:
+def result_table(results: Mapping[str, Levels], *, title: str = "", by_set: bool = False) -> Table:
     """System name -> result, as a table with 95 % intervals."""
     table = Table(
         title=title or None, caption="95 % bootstrap intervals over rows", title_justify="left", caption_justify="left"
@@ -48,7 +60,7 @@ def result_table(results: Mapping[str, EvalResult], *, title: str = "", by_set: 
     return table
 
 
-def _places(results: Mapping[str, EvalResult], metric: str, by_set: bool) -> list[tuple[str, dict[str, Figure]]]:
+def _places(results: Mapping[str, Levels], metric: str, by_set: bool) -> list[tuple[str, dict[str, Figure]]]:
     levels = {name: result.sets if by_set else result.domains for name, result in results.items()}
     names = list(dict.fromkeys(place for level in levels.values() for place in level))
     found = [(p, {s: level[p][metric] for s, level in levels.items() if metric in level.get(p, {})}) for p in names]
