@@ -19,7 +19,7 @@ def paper(h: Tensor, down: Tensor, up: Tensor, logits: Tensor, k: int, activatio
     """PESC Eq 7-9 as printed: y = sum_i R(x)_i (h + a_i(h)), token by token."""
     rows = []
     for token in range(h.shape[0]):
-        chosen = sorted(range(logits.shape[1]), key=lambda e: -float(logits[token, e]))[:k]
+        chosen = sorted(range(logits.shape[1]), key=lambda e: -logits[token, e].item())[:k]
         gates = logits[token, chosen].softmax(0)
         parts = (h[token] + SCALE * up[e] @ ACTIVATION[activation](down[e] @ h[token]) for e in chosen)
         rows.append(sum(g * part for g, part in zip(gates, parts, strict=True)))
@@ -59,7 +59,7 @@ def test_float64_equals_the_paper(tokens, experts, k, activation):
     for path in FOLDED:
         found = output_and_gradients(lambda *t, path=path: run(path, *t, k, activation), tensors)
         for a, b in zip(found, expected, strict=True):
-            assert (a - b).abs().max() <= 1e-12 * max(1.0, float(b.abs().max())), path
+            assert (a - b).abs().max() <= 1e-12 * max(1.0, b.abs().max().item()), path
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), CASES)
@@ -76,7 +76,7 @@ def test_bfloat16_error_is_alike_on_every_path():
     h, down, up = inputs(256, 8, torch.bfloat16, hidden=64, dim=16)
     logits = torch.randn(256, 8)
     exact = run("loop", h.double(), down.double(), up.double(), logits.double(), 2)
-    errors = {path: float((run(path, h, down, up, logits, 2).double() - exact).norm()) for path in FOLDED}
+    errors = {path: (run(path, h, down, up, logits, 2).double() - exact).norm().item() for path in FOLDED}
     assert max(errors.values()) <= 1.5 * min(errors.values()), errors
 
 

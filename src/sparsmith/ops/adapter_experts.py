@@ -122,10 +122,7 @@ def _membership(rows_SA: Tensor, offsets_E: Tensor) -> Tensor:
 
 def _sum_slots(rows_SD: Tensor, slots_TK: Tensor, start_TD: Tensor) -> Tensor:
     """start + the sum of each token's k rows, in fixed order; the start is added last, so that it is rounded once."""
-    total_TD = rows_SD.index_select(0, slots_TK[:, 0])
-    for slot in range(1, slots_TK.shape[1]):
-        total_TD += rows_SD.index_select(0, slots_TK[:, slot])
-    return total_TD.add_(start_TD)
+    return F.embedding_bag(slots_TK, rows_SD, mode="sum").add_(start_TD)
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -162,8 +159,10 @@ class _GroupedExperts(torch.autograd.Function):
         grad_pre_SR = _BACKWARD[ctx.activation](grad_act_SR, pre_SR)
         grad_h_TD = grad_down = None
         if wants_down:
-            rows_SD = h_TD.index_select(0, token_S)
-            grad_down = _weight_gradient(grad_pre_SR, rows_SD if keep_SD is None else rows_SD * keep_SD, offsets_E)
+            rows_SD = torch.index_select(h_TD, 0, token_S, out=grad_SD)  # large and no longer needed
+            if keep_SD is not None:
+                rows_SD *= keep_SD
+            grad_down = _weight_gradient(grad_pre_SR, rows_SD, offsets_E)
         if wants_h:
             grad_rows_SD = _product(grad_pre_SR, down, offsets_E)
             grad_h_TD = _sum_slots(grad_rows_SD if keep_SD is None else grad_rows_SD * keep_SD, slots_TK, grad_TD)
