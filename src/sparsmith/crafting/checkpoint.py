@@ -6,6 +6,7 @@ Two forms. *Delta* (the default) holds what was trained and names its base; *ful
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +16,7 @@ from sparsmith.crafting import full as full_form
 from sparsmith.crafting.apply import craft
 from sparsmith.crafting.base_model import load_base
 from sparsmith.crafting.identity import FILE, Identity, base_hash, compare, dense_config, read_identity, weights_folder
+from sparsmith.crafting.plan import plan
 from sparsmith.crafting.record import base_of, record_of
 from sparsmith.crafting.settle import is_settled, settled_copy
 from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError
@@ -23,8 +25,11 @@ from sparsmith.recipe.schema import ModelSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsmith.methods.base import MethodConfig
+
 # up to this size the base is hashed in full at every load (about 2 s); above it `check="full"` asks for it
 _FULL_CHECK_BYTES = 4 << 30
+_SMALL = 10_000_000  # parameters that any machine can hold
 
 
 def save(
@@ -106,6 +111,7 @@ def load(
     dense = _open_base(folder, identity, base, trust_remote_code)
     _check_base(folder, identity, dense, check)
     configs = identity.method_configs(str(folder / FILE))
+    _check_size(folder, identity, dense, configs)
     model = craft(dense, configs, inplace=dense is not base, seed=identity.seed, proof=False)
     _check_frozen(folder, identity, model)
     delta.fill_delta(model, folder, identity)
@@ -184,6 +190,19 @@ def _check_base(folder: Path, identity: Identity, dense: PreTrainedModel, check:
     wants_full = check == "full" or (check == "auto" and size <= _FULL_CHECK_BYTES)
     if wants_full and (whole := base_hash(place, "full")) != row.full_hash:
         raise CheckpointMismatch(f"{where}.full_hash of {place}", str(whole), str(row.full_hash), mend)
+
+
+def _check_size(folder: Path, identity: Identity, dense: PreTrainedModel, configs: tuple[MethodConfig, ...]) -> None:
+    """Forged settings that ask for far more tensors than the files hold are refused before anything is allocated."""
+    planned = plan(dense.config, configs).trained_params
+    held = sum(math.prod(row.shape) for row in identity.tensors.values())
+    if planned > 4 * held + _SMALL:  # smaller differences are told by the tensor's name, below
+        raise CheckpointMismatch(
+            f"{folder / FILE}: configs",
+            f"settings with {planned:,} trained parameters",
+            f"{held:,}, as the files hold",
+            "The settings were edited; restore the file, or take another checkpoint.",
+        )
 
 
 def _check_frozen(folder: Path, identity: Identity, model: PreTrainedModel) -> None:

@@ -8,27 +8,27 @@ needs torch and transformers.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from sparsmith import auto, durable
+from sparsmith import anatomy, auto, durable
 from sparsmith.crafting import tensors as strict
 from sparsmith.crafting.delta import method_state, role_of
 from sparsmith.crafting.identity import Identity, compare, identify, our_version, write_identity
 from sparsmith.crafting.record import CraftRecord, attach, record_of
 from sparsmith.crafting.settle import mark_settled
 from sparsmith.crafting.standalone import inline
-from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError
+from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError, SparsmithError, UnsupportedAnatomy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "config.json"
+CONFIG, _STAMP = "config.json", "sparsmith"
 _EDITED = "config.json or sparsmith.json was edited; restore the file, or take another checkpoint."
 
 
@@ -65,6 +65,7 @@ def write_full(model: PreTrainedModel, folder: Path) -> Identity:
     model.save_pretrained(folder)
     if sources:
         _add_model_code(model, folder, sources)
+    _stamp(folder, record)
     rows = {
         name: strict.TensorRow(shape=shape, dtype=kind, role=role)
         for (name, (shape, kind)), role in _with_roles(model, strict.file_rows(folder))
@@ -76,16 +77,13 @@ def write_full(model: PreTrainedModel, folder: Path) -> Identity:
 
 def load_full(folder: Path, identity: Identity) -> PreTrainedModel:
     """Open a full checkpoint with our own class (or the stock one), strictly; no code of the folder runs."""
-    compare(
-        f"{folder / CONFIG}", durable.read_json(durable.inside(folder, CONFIG)), identity.model_config_json, _EDITED
-    )
-    listed = identity.rows()
-    strict.compare_tables(f"{folder}/sparsmith.json", strict.file_rows(folder), listed)
+    check_identity(folder, identity)
     durable.verify_folder(folder)
     for file in sorted(folder.glob("*.json")):  # transformers passes over a broken generation_config.json in silence
         durable.read_json(file)
     configs = identity.method_configs(f"{folder}/sparsmith.json")
     model = _open(folder, identity)
+    listed = identity.rows()
     state = {k: v for k, v in strict.shapes_of(_tensors(model)).items() if k in listed}
     strict.compare_tables(f"{folder}: loaded", state, {name: row for name, row in listed.items() if name in state})
     attach(model, CraftRecord(configs=configs, base=identity.base_record(), seed=identity.seed))
@@ -93,11 +91,28 @@ def load_full(folder: Path, identity: Identity) -> PreTrainedModel:
     return model.eval()
 
 
+def check_identity(folder: Path, identity: Identity) -> None:
+    """Hold `sparsmith.json` against config.json and the headers of the weights; the hashes of the manifest come after."""
+    found = durable.read_json(durable.inside(folder, CONFIG))
+    compare(f"{folder / CONFIG}", found, identity.model_config_json, _EDITED)
+    stamp = found.get(_STAMP) if isinstance(found, dict) else None
+    stamped = stamp.get("configs") if isinstance(stamp, dict) else None
+    compare(f"{folder}/sparsmith.json", list(identity.configs), stamped, _EDITED, "configs")
+    strict.compare_tables(f"{folder}/sparsmith.json", strict.file_rows(folder), identity.rows())
+
+
 def standalone_sources(model: PreTrainedModel, record: CraftRecord) -> tuple[str, ...]:
     """Modules that the folder's own code is made of, each once, lowest first; empty where the model's class is a stock
     one."""
     sources = tuple(dict.fromkeys(name for method, _ in record.parts for name in method.standalone_sources()))
     return sources if type(model).__module__ in sources else ()
+
+
+def _stamp(folder: Path, record: CraftRecord) -> None:
+    """Repeat in config.json how the model was made, so that an edit of either file is seen."""
+    config = durable.read_json(folder / CONFIG)
+    config[_STAMP] = {"version": our_version(), "configs": [c.model_dump(mode="json") for c in record.configs]}
+    (folder / CONFIG).write_text(durable.json_text(config), encoding="utf-8")
 
 
 def _check_stock(model: PreTrainedModel) -> None:
@@ -140,8 +155,11 @@ def _open(folder: Path, identity: Identity) -> PreTrainedModel:
     attention = identity.base.attention
     options = {"attn_implementation": attention} if attention else {}
     try:
+        _check_size(folder, config, known, identity)
         model, info = opener.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as fault:
+    except SparsmithError:
+        raise
+    except Exception as fault:  # a forged config makes transformers raise almost anything
         raise CheckpointError(
             str(folder),
             " ".join(str(fault).split())[:300],
@@ -155,6 +173,25 @@ def _open(folder: Path, identity: Identity) -> PreTrainedModel:
                 f"{folder}: {first}", kind.replace("_", " "), "every tensor, and no other", _EDITED
             )
     return model
+
+
+def _check_size(folder: Path, config: dict[str, Any], known: Any, identity: Identity) -> None:
+    """A config that describes a far larger model than the files hold would fill the memory before any tensor is missed."""
+    from transformers import AutoConfig
+
+    read = known.config_class.from_dict(config) if known else AutoConfig.for_model(**config)
+    try:
+        shape = anatomy.shape_of(getattr(read, "base_config", None) or read)
+    except UnsupportedAnatomy:  # a family that a plug-in knows
+        return
+    held = sum(math.prod(row.shape) for row in identity.tensors.values())
+    if not 0 < shape.total_params <= 2 * held:  # a tied head is stored once
+        raise CheckpointMismatch(
+            str(folder / CONFIG),
+            f"a model of {shape.total_params:,} parameters",
+            f"{held:,}, as the files hold",
+            _EDITED,
+        )
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,11 +11,9 @@ from typing import Any
 from sparsmith import durable
 from sparsmith.crafting import delta, full
 from sparsmith.crafting import tensors as strict
-from sparsmith.crafting.identity import FILE, Identity, compare, read_identity
+from sparsmith.crafting.identity import FILE, Identity, read_identity
 from sparsmith.errors import CheckpointError
 from sparsmith.runs import is_run
-
-_EDITED = "One of the two was edited; restore the file, or take another checkpoint."
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def _check(folder: Path) -> FolderReport:
     for name in entries:
         if name.endswith(".json"):
             durable.read_json(folder / name)
-    rows = _check_tensors(folder, identity)
+    rows = _check_tensors(folder)
     if identity is not None:
         identity.method_configs(str(folder / FILE))
     return FolderReport(
@@ -101,15 +99,12 @@ def _identity_of(folder: Path) -> Identity | None:
     identity = read_identity(folder)
     if identity.kind == "delta":
         return delta.read_delta_identity(folder)
-    config = durable.read_json(durable.inside(folder, full.CONFIG))
-    compare(f"{folder / full.CONFIG}", config, identity.model_config_json, _EDITED)
+    full.check_identity(folder, identity)
     return identity
 
 
-def _check_tensors(folder: Path, identity: Identity | None) -> dict[str, tuple[tuple[int, ...], str]]:
+def _check_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     rows = strict.file_rows(folder)
-    if identity is not None:
-        strict.compare_tables(f"{folder / FILE}", rows, identity.rows())
     for file in sorted(folder.glob("*.safetensors")):
         strict.check_file_finite(file)
     return rows

@@ -184,6 +184,32 @@ def test_an_edited_config_of_a_full_checkpoint_is_refused(copy_of, path, value):
     assert path in fault.value.where and str(value) in fault.value.found
 
 
+@pytest.mark.parametrize("path, value", [("num_experts", 8), ("top_k", 1), ("adapter_scale", 1.0), ("adapter_dim", 8)])
+def test_an_edited_record_of_a_full_checkpoint_is_refused(copy_of, path, value):
+    full = copy_of("full")
+    edit_json(full / IDENTITY, lambda data: data["configs"][0].update({path: value}))
+    with pytest.raises(CheckpointMismatch, match=f"configs.0.{path}: found {value}"):
+        sm.load(full)
+
+
+def test_settings_that_ask_for_more_than_memory_are_refused_first(copy_of):
+    """Forged in every place alike: nothing is allocated before the counts are held against the files."""
+    from safetensors.torch import load_file, save_file
+
+    delta, full = copy_of("delta"), copy_of("full")
+    data = json.loads((delta / IDENTITY).read_text())
+    data["configs"][0]["num_experts"] = 10**12
+    core = {key: item for key, item in data.items() if key not in ("tensors", "model_config_json")}
+    save_file(load_file(delta / DELTA), delta / DELTA, {"sparsmith": json.dumps(core)})
+    edit_json(delta / IDENTITY, lambda old: old.update(data))
+    with pytest.raises(CheckpointMismatch, match="as the files hold"):
+        sm.load(delta)
+    edit_json(full / "config.json", lambda data: set_path(data, "base_config.num_hidden_layers", 10**9))
+    edit_json(full / IDENTITY, lambda data: set_path(data, "model_config_json.base_config.num_hidden_layers", 10**9))
+    with pytest.raises(CheckpointMismatch, match="as the files hold"):
+        sm.load(full)
+
+
 def test_another_base_is_refused(home, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointMismatch, match="hash"):
