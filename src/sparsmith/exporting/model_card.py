@@ -14,7 +14,7 @@ from sparsmith.crafting.record import record_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsmith.exporting.folder import ExportReport
+    from sparsmith.exporting.report import ExportReport
 
 _OPEN = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
