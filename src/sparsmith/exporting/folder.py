@@ -7,6 +7,7 @@ All or nothing: the folder is written beside its place, proven there, and rename
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
