@@ -35,7 +35,9 @@ class SparsmithError(Exception):
             "mend": self.mend,
         }
 
-    def __reduce__(self):  # worker processes send errors back pickled; the default would call __init__ with one argument
+    def __reduce__(
+        self,
+    ):  # worker processes send errors back pickled; the default would call __init__ with one argument
         return (type(self), (self.where, self.found, self.expected, self.mend))
 
 

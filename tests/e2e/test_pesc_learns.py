@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kit.pico import pico_model
-from tests.kit.rows import pad_rows
 from transformers import TrainingArguments
 
 import sparsmith as sm
@@ -13,6 +11,8 @@ from sparsmith.methods.base import LoraSettings
 from sparsmith.methods.pesc.config import PescConfig
 from sparsmith.protocols.pesc import CONTROLS
 from sparsmith.training import Objective
+from tests.kit.pico import pico_model
+from tests.kit.rows import pad_rows
 
 BASE = {"num_experts": 4, "top_k": 2, "adapter_dim": 16, "adapter_scale": 1.0}
 LORA = LoraSettings(r=2, alpha=4, dropout=0.0)

@@ -1,6 +1,6 @@
 """What each rank of a data-parallel run does: 20 steps of PESC on a pico model. Run it under torchrun, or alone as one process.
 
-    torchrun --nproc-per-node 2 -m tests.kit.two_ranks OUT ROWS_PER_RANK
+torchrun --nproc-per-node 2 -m tests.kit.two_ranks OUT ROWS_PER_RANK
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.kit.pico import pico_model
-from tests.kit.rows import RowDataset, pad_rows
 from transformers import TrainingArguments
 
 import sparsmith as sm
@@ -20,6 +18,8 @@ from sparsmith.crafting.apply import trained_roles
 from sparsmith.crafting.tensors import content_hash
 from sparsmith.methods.base import LoraSettings
 from sparsmith.methods.pesc.config import PescConfig
+from tests.kit.pico import pico_model
+from tests.kit.rows import RowDataset, pad_rows
 
 # alpha 0: the balance loss is a mean over a micro-batch and not linear in it, so it differs when a batch is split over ranks
 CONFIG = PescConfig(

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 def run(out, rows, ranks):
     out.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29531"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29531"] if ranks > 1 else []
+    )
     command = [sys.executable, *launcher, "-m", "tests.kit.two_ranks", str(out), str(rows)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300

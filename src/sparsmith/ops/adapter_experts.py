@@ -138,6 +138,7 @@ class _GroupedExperts(torch.autograd.Function):
         if keep_SD is not None:
             rows_SD *= keep_SD
         pre_SR = _product(rows_SD, down.transpose(1, 2), offsets_E)
+        del rows_SD  # the next product of this size takes its memory
         ctx.save_for_backward(h_TD, down, up, gate_S, keep_SD, pre_SR, token_S, slots_TK, offsets_E)
         ctx.activation = activation
         inner_SR = ACTIVATIONS[activation](pre_SR)
@@ -163,6 +164,8 @@ class _GroupedExperts(torch.autograd.Function):
             if keep_SD is not None:
                 rows_SD *= keep_SD
             grad_down = _weight_gradient(grad_pre_SR, rows_SD, offsets_E)
+            del rows_SD
+        del grad_SD
         if wants_h:
             grad_rows_SD = _product(grad_pre_SR, down, offsets_E)
             grad_h_TD = _sum_slots(grad_rows_SD if keep_SD is None else grad_rows_SD * keep_SD, slots_TK, grad_TD)
