@@ -2,8 +2,9 @@
 
     python -m benchmarks.pesc_tuning [--recipe recipes/pesc-three-domains.yaml] [--repeats 5] [--steps 10]
 
-Both models are built once; then `repeats` times each in turn runs `steps` optimiser steps over the same batches (forward, backward,
-clipping, AdamW), so that a drift of the machine meets both alike. The figure is the median of the ratios, repeat by repeat. Target: >= 0.80.
+Both models are built once; then `repeats` times each in turn runs `steps` optimiser steps over the same batches (forward,
+backward, clipping, AdamW), so that a drift of the machine meets both alike. The figure is the median of the ratios, repeat by
+repeat. Target: >= 0.80.
 """
 
 from __future__ import annotations
