@@ -20,6 +20,8 @@ DOMAINS = ("maths", "code", "general")
 TEMPLATE = "### Human:\n{prompt}\n### Assistant:\n{completion}"
 HELD_OUT_PERMILLE = 15  # of each domain's questions
 MAX_CHARS = 6000  # a longer document is cut: three long listings would otherwise outweigh thousands of questions
+RUN_WORDS = 12  # two texts that share this many words in a row share a passage, a template or a source
+MAX_SHARED = 0.2  # of a held-out document's runs, before it counts as seen
 MBPP_TRAIN_IDS = range(601, 975)  # the benchmark's own training split; 11-510 is its test split
 
 Document = tuple[str, str]  # (key that decides the split, text)
@@ -223,3 +225,32 @@ def load(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
             side = held_out if is_held_out(key) else train
             side[source.domain].append(text[:MAX_CHARS])
     return train, held_out
+
+
+def _runs(text: str) -> list[int]:
+    """Hashes of every run of RUN_WORDS words."""
+    words = re.findall(r"\w+", text.lower())
+    return [hash(" ".join(words[i : i + RUN_WORDS])) for i in range(len(words) - RUN_WORDS + 1)]
+
+
+def _answer(text: str) -> str | None:
+    """The completion of an instruction, where it is long enough not to recur by chance."""
+    answer = text.rpartition("### Assistant:\n")[2] if "### Assistant:\n" in text else ""
+    return answer if len(answer.split()) >= 4 else None
+
+
+def unseen(train: list[str], held_out: list[str]) -> list[str]:
+    """The held-out documents that are new in wording too.
+
+    The split is by question. A passage can still return inside another question's text, and one command under another
+    wording; a figure that counted those would partly measure memory. Dropped: documents with more than MAX_SHARED of
+    their word runs in training, and instructions whose whole answer (four words or more) is a training answer.
+    """
+    runs = {run for text in train for run in _runs(text)}
+    answers = {_answer(text) for text in train} - {None}
+
+    def is_new(text: str) -> bool:
+        own = _runs(text)
+        return sum(run in runs for run in own) <= MAX_SHARED * len(own) and _answer(text) not in answers
+
+    return [text for text in held_out if is_new(text)]

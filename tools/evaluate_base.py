@@ -1,6 +1,7 @@
 """Measure the embedded base on text it never saw, against two baselines, and write its model card from the figures.
 
-Bits per character on the held-out documents of each domain (`base_data.is_held_out`), for the base as it ships
+Bits per character on the held-out documents of each domain (`base_data.is_held_out`), less those whose wording recurs
+in training (`base_data.unseen`), for the base as it ships
 (bfloat16 weights, computed in float32), for an untrained twin (same configuration, random weights), and for a byte
 bigram with add-one smoothing, fitted on the training text of the same domain. All three also pay for the end of text.
 
@@ -43,9 +44,11 @@ def bigram_bits_per_char(train: list[str], held_out: list[str]) -> float:
     return float(total / sum(map(len, held_out)))
 
 
-def measure(base: Path, data: Path, seed: int) -> dict[str, dict[str, float]]:
+Documents = dict[str, list[str]]
+
+
+def measure(base: Path, train: Documents, held_out: Documents, seed: int) -> dict[str, dict[str, float]]:
     """Bits per character: {model: {domain: value}}."""
-    train, held_out = base_data.load(data)
     tokenizer = AutoTokenizer.from_pretrained(base)
     trained = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     torch.manual_seed(seed)
@@ -57,14 +60,14 @@ def measure(base: Path, data: Path, seed: int) -> dict[str, dict[str, float]]:
     }
 
 
-def held_out_size(data: Path) -> dict[str, dict[str, int]]:
-    train, held_out = base_data.load(data)
+def sizes(train: Documents, held_out: Documents, clean: Documents) -> dict[str, dict[str, int]]:
     return {
         domain: {
             "train_documents": len(train[domain]),
             "train_characters": sum(map(len, train[domain])),
             "held_out_documents": len(held_out[domain]),
-            "held_out_characters": sum(map(len, held_out[domain])),
+            "measured_documents": len(clean[domain]),
+            "measured_characters": sum(map(len, clean[domain])),
         }
         for domain in base_data.DOMAINS
     }
@@ -83,6 +86,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the untrained twin")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    train, held_out = base_data.load(arguments.data)
+    clean = {domain: base_data.unseen(train[domain], held_out[domain]) for domain in base_data.DOMAINS}
     payload = torch.load(arguments.run / "checkpoint.pt", weights_only=True)
     weights = sum(t.numel() for name, t in payload["model"].items() if name != "lm_head.weight")  # tied, counted once
     figures = {
@@ -91,10 +96,10 @@ def main() -> None:
         "command": arguments.command,
         "weights": weights,
         "training": {k: payload["state"][k] for k in ("step", "tokens", "seconds", "tokens_available")},
-        "data": held_out_size(arguments.data),
+        "data": sizes(train, held_out, clean),
         "bits_per_char": {
             model: {domain: round(value, 4) for domain, value in row.items()}
-            for model, row in measure(arguments.base, arguments.data, arguments.seed).items()
+            for model, row in measure(arguments.base, train, clean, arguments.seed).items()
         },
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
