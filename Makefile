@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP) ## The whole story on the embedded base, offline, ending in a report.
-	$(VENV)/bin/sparsmith demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(VENV)/bin/sparsmith demo
 
 test: lint types unit ## Lint, types and all tests.
 

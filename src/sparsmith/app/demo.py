@@ -6,7 +6,9 @@ measured on held-out rows of three domains; the sparse one is exported and opene
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +22,12 @@ from sparsmith.recipe.schema import DataSettings, EvalSource, ModelSettings, Rec
 if TYPE_CHECKING:
     from rich.console import Console
 
-STEPS = 300
-ROWS = {"train": 9600, "held_out": 300}
+STEPS = 240
+ROWS = {"train": 9000, "held_out": 300}
 LORA: dict[str, Any] = {"r": 8, "alpha": 16, "dropout": 0.0}
 SHAPES: dict[str, dict[str, Any]] = {
     "dense LoRA": {"control": "dense_lora"},
-    "PESC": {"num_experts": 8, "top_k": 2, "adapter_dim": 32, "adapter_scale": 1.0},
+    "PESC": {"num_experts": 8, "top_k": 2, "adapter_dim": 32, "adapter_scale": 1.0, "balance_alpha": 0.05},
 }
 
 
@@ -65,8 +67,20 @@ def demo(out: str | Path | None = None, *, console: Console | None = None, steps
     export(runs["PESC"], folder / "export")
     page = report(list(runs.values()), folder / "report.html")
     _show(runs, console)
+    console.print(
+        f"always the most common answer of a task: {_guessing(paths['held_out']):.0%} exact match", highlight=False
+    )
     seconds = round(time.perf_counter() - begun, 1)
     return {"seconds": seconds, "export": str(folder / "export"), "report": str(page)}
+
+
+def _guessing(file: Path) -> float:
+    """Exact match of someone who knows of every task only its most common answer: what a tuned model must beat."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    answers = {
+        task: Counter(row["completion"] for row in rows if row["task"] == task) for task in {r["task"] for r in rows}
+    }
+    return sum(counter.most_common(1)[0][1] for counter in answers.values()) / len(rows)
 
 
 def _free(folder: Path) -> Path:
@@ -104,10 +118,11 @@ def _recipe(shape: dict[str, Any], output: Path, rows: dict[str, Path], domains:
         train=TrainSettings(
             steps=steps,
             batch_size=32,
-            learning_rate=5e-3,
+            learning_rate=6e-3,
             schedule="linear",
-            warmup=0.05,
+            warmup=0.08,
             clip=1.0,
+            betas=(0.9, 0.95),
             log_every=20,
             eval_every=100,
         ),

@@ -12,14 +12,12 @@ from sparsmith.cli.screen import SCREEN
 
 def demo(
     out: Annotated[
-        str, typer.Option(help="A new folder for the rows, the runs, the export and the report.")
-    ] = "sparsmith-demo",
+        str | None, typer.Option(help="A new folder; absent = the first free one of runs/demo, runs/demo-2, ...")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The whole story on the embedded base: offline, on CPU, minutes, ending in a report."""
     from sparsmith import app
 
-    figures = app.demo(new_path(out, "--out"))
-    if SCREEN.json:
-        SCREEN.show(figures)
+    SCREEN.show(app.demo(new_path(out, "--out") if out else None))
