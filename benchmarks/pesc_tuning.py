@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from sparsmith.app import facts
 from sparsmith.app.recipes import load_recipe
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/pesc_tuning.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
     result = measure(load_recipe(arguments.recipe), arguments.repeats, arguments.steps)
     target = {"learned against dense_lora": 0.80, "reached": result["throughput_against_dense_lora"]["learned"] >= 0.80}
     record = {"command": facts.command(), "machine": facts.machine(), "versions": facts.versions(), "target": target}

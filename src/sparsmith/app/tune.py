@@ -13,7 +13,7 @@ from sparsmith import recipe as recipes
 from sparsmith.app import facts
 from sparsmith.app.recipes import load_recipe
 from sparsmith.durable import write_json, write_text
-from sparsmith.errors import ProofError, UsageError
+from sparsmith.errors import MethodError, ProofError, UsageError
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder
 
@@ -185,6 +185,11 @@ class _Session:
         if recipe.train.eval_every and self.data.eval:
             recorder.write({"step": 0, **self._losses(self.baseline.result)})
             tuner.add_callback(Evaluation(self._measure, recorder.write, recipe.train.eval_every))
+        try:
+            tuner.create_optimizer()
+        except (ValueError, ImportError, RuntimeError) as fault:
+            reason = " ".join(str(fault).split())[:300]
+            raise MethodError("train.optimizer", reason, "an optimiser that runs here", "Try adamw_torch.") from fault
         begun = time.perf_counter()
         try:
             tuner.train(resume_from_checkpoint=resume)

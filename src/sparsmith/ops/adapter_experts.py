@@ -97,7 +97,8 @@ def _runs(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, _Runs]:
     expert_S, order_S = indices_TK.reshape(-1).sort(stable=True)
     boundaries = torch.arange(1, num_experts + 1, device=expert_S.device)
     offsets_E = torch.searchsorted(expert_S, boundaries).to(torch.int32)
-    return order_S, _Runs(order_S.div(k, rounding_mode="floor"), order_S.argsort().view_as(indices_TK), offsets_E)
+    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.shape[0], device=order_S.device))
+    return order_S, _Runs(order_S.div(k, rounding_mode="floor"), place_S.view_as(indices_TK), offsets_E)
 
 
 def _product(rows_SA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:

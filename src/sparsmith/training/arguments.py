@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from sparsmith.errors import MethodError
+from sparsmith.errors import EnvironmentFault, MethodError
 from sparsmith.recipe.schema import TrainSettings
 
 
@@ -19,6 +19,7 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
     """
     micro = settings.micro_batch_size or settings.batch_size
     half = _autocast(settings.precision)
+    _check_trackers(settings.report_to)
     try:
         return TrainingArguments(
             output_dir=str(folder),
@@ -58,6 +59,20 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
             "settings that the Trainer accepts",
             "Change the setting named.",
         ) from fault
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    known = get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise EnvironmentFault(
+                "train.report_to",
+                f"`{name}`",
+                "a tracker that is installed here: " + (", ".join(known) or "none is"),
+                "Install it (`pip install 'sparsmith[track]'` brings trackio), or leave it out.",
+            )
 
 
 def _autocast(precision: str) -> str:

@@ -75,8 +75,10 @@ def _over_ranks(counts: Tensor) -> Tensor:
 
 
 def words(metrics: Mapping[str, Any]) -> str:
-    """For the progress bar: `load 0.62-1.81, entropy 0.97`."""
+    """For the progress bar: `grouped load 0.62-1.81, entropy 0.97`."""
     if "load_max" not in metrics:
         return ""
-    text = f"load {metrics['load_min']:.2f}-{metrics['load_max']:.2f}, entropy {metrics['load_entropy']:.2f}"
+    paths = sorted(set(metrics.get("table/paths", ())))
+    text = f"{'/'.join(paths)} load {metrics['load_min']:.2f}-{metrics['load_max']:.2f}, entropy {metrics['load_entropy']:.2f}"
+    text = text.lstrip()
     return text + (f", {metrics['dead_experts']} dead" if metrics["dead_experts"] else "")

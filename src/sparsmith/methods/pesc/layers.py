@@ -213,6 +213,8 @@ class PescAdapters(nn.Module):
         super().__init__()
         experts, dim = settings.num_experts, settings.adapter_dim
         self.settings = settings
+        self.last_path = ""
+        """The compute path of the last forward."""
         self.down = nn.Parameter(torch.empty(experts, dim, hidden, dtype=torch.float32, device=device))
         self.up = nn.Parameter(torch.empty(experts, hidden, dim, dtype=torch.float32, device=device))
         self.router = Router(experts, hidden, device) if settings.router == "learned" else None
@@ -253,7 +255,7 @@ class PescAdapters(nn.Module):
     def forward(self, h_TD: Tensor, routing: Routing) -> Tensor:
         """y = h + s * sum_i g_i U_i act(D_i h), in h's number type; weights are cast from their float32 masters."""
         settings = self.settings
-        path = self.path_for(h_TD)
+        self.last_path = path = self.path_for(h_TD)
         dropout = settings.dropout if self.training else 0.0
         with torch.autocast(h_TD.device.type, enabled=False):
             down, up = self.down.to(h_TD.dtype), self.up.to(h_TD.dtype)

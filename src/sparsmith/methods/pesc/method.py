@@ -47,6 +47,9 @@ class PescMethod(Method):
         masked = shape.hidden + experts * (dim + 1)
         grouped = active * (shape.hidden + 3 * dim)
         floats = {"masked": masked, "grouped": grouped}.get(config.path, max(masked, grouped))
+        notes = _notes(config)
+        if config.path == "auto" and not grouped_supported(shape.hidden, dim):
+            notes += (f"path auto is `masked`: grouped products need a hidden size that 8 divides, not {shape.hidden}",)
         return MethodPlan(
             changes=(change,),
             added=added,
@@ -54,7 +57,7 @@ class PescMethod(Method):
             trained=trained,
             flops_forward=config.flops_per_token(shape),
             activation_floats=len(blocks) * floats,
-            notes=_notes(config),
+            notes=notes,
         )
 
     def craft(self, model: nn.Module, config: PescConfig, context: CraftContext) -> nn.Module:
@@ -123,7 +126,11 @@ class PescMethod(Method):
         context.clear()
 
     def metrics(self, model: nn.Module, config: PescConfig) -> dict[str, Any]:
-        return health.read(_crafted(model).route_context) if config.has_adapters and config.control == "none" else {}
+        if not config.has_adapters or config.control != "none":
+            return {}
+        figures = health.read(_crafted(model).route_context)
+        paths = [adapters.last_path for _, adapters in adapters_of(model)]
+        return {**figures, "table/paths": paths} if figures and all(paths) else figures
 
     def health(self, metrics: Mapping[str, Any]) -> str:
         return health.words(metrics)
