@@ -261,7 +261,7 @@ class _Session:
     def _samples(self, model: Any) -> list[dict[str, str]]:
         from sparsmith.evaluating.samples import sample_answers
 
-        return sample_answers(model, self.tokenizer, self.data.eval, per_set=1, seed=self.recipe.train.seed)
+        return sample_answers(model, self.tokenizer, self.data.eval, per_set=1)
 
     def _measure(self) -> dict[str, Any]:
         return self._losses(self._evaluate(self.model, metrics=["loss"], resamples=1))
