@@ -129,7 +129,7 @@ def test_a_damaged_export_is_named(story, capsys):
 def test_a_finished_run_is_not_overwritten(story, capsys):
     _, recipe, _ = story
     code, out = run(capsys, "tune", recipe)
-    assert code == 2 and "finished run" in out["error"]["found"]
+    assert code == 2 and "finished run" in out["error"]["found"], out
 
 
 def test_data_show_marks_the_answer(story, capsys):

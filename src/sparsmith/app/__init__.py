@@ -8,19 +8,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+# no module here bears a verb's name: importing it would put the module in the place of the function
 _HOMES = {
     "load_recipe": "sparsmith.app.recipes",
     "plan": "sparsmith.app.recipes",
     "data_show": "sparsmith.app.recipes",
-    "tune": "sparsmith.app.tune",
+    "tune": "sparsmith.app.tuning",
     "evaluate": "sparsmith.app.use",
     "generate": "sparsmith.app.use",
     "export": "sparsmith.app.use",
     "report": "sparsmith.app.use",
     "verify": "sparsmith.app.use",
     "import_camelidae": "sparsmith.app.use",
-    "demo": "sparsmith.app.demo",
-    "protocol": "sparsmith.app.protocol",
+    "demo": "sparsmith.app.demonstration",
+    "protocol": "sparsmith.app.comparison",
     "doctor": "sparsmith.app.facts",
 }
 

@@ -234,3 +234,14 @@ def test_ascii_terminals(tmp_path):
     )
     assert done.returncode == 3
     assert "no readable file" in done.stderr
+
+
+def test_verbs_stay_functions_after_their_modules_were_loaded():
+    import sparsmith
+    from sparsmith import app
+
+    for face, names in ((app, app.__all__), (sparsmith, sparsmith.__all__)):
+        for name in names:
+            first, again = getattr(face, name), getattr(face, name)
+            assert first is again
+            assert callable(first) or name == "__version__"

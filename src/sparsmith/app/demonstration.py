@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsmith.app.tune import Baseline, tune
+from sparsmith.app.tuning import Baseline, tune
 from sparsmith.app.use import export, report
 from sparsmith.durable import read_json
 from sparsmith.errors import UsageError

@@ -31,7 +31,7 @@ def protocol(
     """
     if name not in PROTOCOLS:
         raise UsageError("protocol", f"`{name}`", "a known protocol", nearest(name, PROTOCOLS))
-    from sparsmith.app.tune import Baseline, tune
+    from sparsmith.app.tuning import Baseline, tune
     from sparsmith.protocols.pesc import CONTROLS, compare
 
     loaded = load_recipe(recipe, overrides)
