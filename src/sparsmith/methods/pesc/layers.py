@@ -324,3 +324,8 @@ def _keys(context: RouteContext, hashed: bool, x_TD: Tensor) -> Tensor:
         need = "token ids: call the model with `input_ids`" if hashed else "positions: call the whole model"
         raise ValueError(f"The {'hash' if hashed else 'random'} router needs {need}.")
     return keys_T.to(x_TD.device)
+
+
+def adapters_of(model: nn.Module) -> list[tuple[str, PescAdapters]]:
+    """(name, module) of every block's adapters, in order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PescAdapters)]

@@ -14,14 +14,14 @@ from sparsmith.errors import MethodError
 from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan, ModuleChange
 from sparsmith.methods.pesc import health
 from sparsmith.methods.pesc.config import PescConfig
-from sparsmith.methods.pesc.layers import PescSettings
-from sparsmith.methods.pesc.modeling import SparsmithPescConfig, SparsmithPescForCausalLM, adapters_of
+from sparsmith.methods.pesc.layers import PescSettings, adapters_of
 from sparsmith.ops.adapter_experts import grouped_supported
 from sparsmith.seeds import stream_seed
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
     from sparsmith.methods.base import LoraSettings
+    from sparsmith.methods.pesc.modeling import SparsmithPescForCausalLM
 
 
 class PescMethod(Method):
@@ -67,6 +67,9 @@ class PescMethod(Method):
         anatomy.probe(model)
         pesc = resolve(config, model, context.seed)
         base_config = model.config
+        # the model class brings the library's generation code: seconds that planning need not pay
+        from sparsmith.methods.pesc.modeling import SparsmithPescConfig, SparsmithPescForCausalLM
+
         crafted = SparsmithPescForCausalLM(
             SparsmithPescConfig(base_config=base_config, pesc=pesc.as_dict(), dtype=base_config.dtype), base=model
         )
@@ -164,7 +167,7 @@ class PescMethod(Method):
 
 
 def _crafted(model: nn.Module) -> SparsmithPescForCausalLM:
-    return cast(SparsmithPescForCausalLM, model)
+    return cast("SparsmithPescForCausalLM", model)
 
 
 def resolve(config: PescConfig, model: nn.Module, seed: int) -> PescSettings:
@@ -211,7 +214,7 @@ def _check_widths(config: PescConfig, hidden: int, dim: int) -> None:
 
 def _check_model(model: nn.Module) -> None:
     row = anatomy.of(model.config)
-    if isinstance(model, SparsmithPescForCausalLM):
+    if any(True for _ in adapters_of(model)):
         raise MethodError("pesc", "a model with experts already", "a dense model", "Craft the base once.")
     if not hasattr(model, row.head):
         raise MethodError(

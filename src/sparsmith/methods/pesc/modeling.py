@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from sparsmith.methods.pesc.layers import PescAdapters, PescFFN, PescSettings, RouteContext
+from sparsmith.methods.pesc.layers import PescFFN, PescSettings, RouteContext
 
 # copied from the base's config, because trainers and servers read them on the outer one
 _SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -167,8 +167,3 @@ def graft(base: Any, settings: PescSettings, context: RouteContext) -> None:
         wrapped = PescFFN(ffn, settings, layer, hidden, context)
         wrapped.train(ffn.training)
         setattr(blocks[layer], settings.ffn, wrapped)
-
-
-def adapters_of(model: nn.Module) -> list[tuple[str, PescAdapters]]:
-    """(name, module) of every block's adapters, in order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, PescAdapters)]
