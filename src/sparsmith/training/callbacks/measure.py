@@ -11,7 +11,7 @@ Measure = Callable[[], dict[str, Any]]
 
 
 class Evaluation(TrainerCallback):
-    """Calls `measure` every `every` steps and at the end, and hands the figures to `write`."""
+    """Calls `measure` every `every` steps and hands the figures to `write`; the end is measured by the caller."""
 
     def __init__(self, measure: Measure, write: Callable[[dict[str, Any]], None], every: int) -> None:
         self._measure, self._write, self._every = measure, write, every
