@@ -1,0 +1,1 @@
+"""The trials behind the promises: each module holds one, as a function of its counts. Tests run them small, `benchmarks.reliability` whole."""
