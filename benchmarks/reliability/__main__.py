@@ -50,7 +50,9 @@ def table(result: dict[str, Any]) -> str:
         mark = "" if row["passed"] else " (**missed**)"
         lines.append(f"| {number} | {row['promise']} | {held}{mark} | {row['target']} | {row['field']} |")
     failed = [
-        f"- promise {number}: {failure}" for number, row in sorted(result["rows"].items()) for failure in row["failures"]
+        f"- promise {number}: {failure}"
+        for number, row in sorted(result["rows"].items())
+        for failure in row["failures"]
     ]
     return "\n".join(lines + (["", "What failed:", *failed] if failed else [])) + "\n"
 

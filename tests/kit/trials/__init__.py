@@ -1,1 +1,4 @@
-"""The trials behind the promises: each module holds one, as a function of its counts. Tests run them small, `benchmarks.reliability` whole."""
+"""The trials behind the promises: each module holds one, as a function of its counts.
+
+Tests run them small, `python -m benchmarks.reliability` runs them whole.
+"""
