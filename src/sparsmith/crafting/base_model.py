@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsmith.crafting.base_files import check_base_folder, check_config, refuse_recast
 from sparsmith.crafting.record import BaseRecord, attach_base
-from sparsmith.errors import CheckpointError, EnvironmentFault, MethodError
+from sparsmith.errors import (
+    CheckpointError,
+    CheckpointMismatch,
+    EnvironmentFault,
+    MethodError,
+    SparsmithError,
+    nearest,
+)
 from sparsmith.recipe import is_hub_id
 
 if TYPE_CHECKING:
@@ -49,7 +57,8 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
     """The dense model that a recipe names, in evaluation mode.
 
     Raises:
-        CheckpointError: the folder misses tensors of the architecture, holds foreign ones, or cannot be read.
+        CheckpointError: the folder cannot be read, or is not safe to open.
+        CheckpointMismatch: it misses tensors of the architecture, or holds foreign, reshaped or recast ones.
         EnvironmentFault: `quant: nf4` without bitsandbytes.
     """
     import torch
@@ -61,15 +70,21 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
         )
     path = resolve_base(settings.path, base_dir)
     refuse_absent(path)
+    rows = check_base_folder(Path(path)) if Path(path).is_dir() else {}
     options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **options)
+        check_config(
+            f"model.path {settings.path}", {**config.to_dict(), "attn_implementation": config._attn_implementation}
+        )
         options["dtype"] = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
         if settings.attention != "auto":
             options["attn_implementation"] = settings.attention
         if settings.quant == "nf4":
             options["quantization_config"] = _nf4()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+        model, info = open_strictly(AutoModelForCausalLM, path, config=config, use_safetensors=True, **options)
+    except SparsmithError:
+        raise
     except Exception as fault:  # a broken folder makes transformers raise almost anything
         reason = " ".join(str(fault).split())[:300]
         raise CheckpointError(
@@ -78,8 +93,17 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
             "a folder or hub id of a Hugging Face causal language model",
             "Check the path; a folder needs config.json and safetensors weights.",
         ) from fault
-    model, info = loaded
-    _refuse_partial(path, info)
+    refuse_partial(path, info)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and getattr(model, "hf_quantizer", None) is None:
+        raise CheckpointError(
+            f"{path}/config.json: quantization_config",
+            f"{quantised}, which transformers passes over",
+            "a quantisation that it knows",
+            "Remove it where the weights are plain numbers.",
+        )
+    if quantised is None:
+        refuse_recast(path, rows, {name for name, t in model.state_dict().items() if t.is_floating_point()})
     attach_base(
         model,
         BaseRecord(
@@ -136,14 +160,50 @@ def _nf4() -> Any:
     )
 
 
-def _refuse_partial(path: str, info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
-        keys = sorted(map(str, info.get(kind) or ()))
+def open_strictly(opener: Any, path: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, what did not fit): sizes that differ are told by name in the second, where the library would print a table and raise."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return opener.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    finally:
+        logging.set_verbosity(level)
+
+
+def refuse_partial(where: str | Path, info: dict[str, Any]) -> None:
+    """Refuse what `open_strictly` found not to fit.
+
+    Raises:
+        CheckpointMismatch: names the first tensor, with the nearest name or both shapes.
+    """
+    unknown = sorted(map(str, info.get("unexpected_keys") or ()))
+    missing = sorted(map(str, info.get("missing_keys") or ()))
+    odd = sorted(map(_mismatch, info.get("mismatched_keys") or ()))
+    for keys, found in ((missing, "no such tensor"), (unknown, "a tensor that nothing asks for")):
         if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise CheckpointError(
-                path,
-                f"{kind.replace('_', ' ')}: {shown}",
-                "every tensor of the architecture, and no other",
-                "The folder is incomplete or of another class; fetch it again.",
+            rest = f" (and {len(keys) - 1} more)" if keys[1:] else ""
+            near = (
+                nearest(keys[0], unknown)
+                if keys is missing and unknown
+                else "The folder is incomplete or of another class."
             )
+            raise CheckpointMismatch(
+                f"{where}: {keys[0]}", found + rest, "every tensor of the architecture, and no other", near
+            )
+    for name, found, expected in odd:
+        raise CheckpointMismatch(
+            f"{where}: {name}", f"shape {found}", f"shape {expected}", "config.json belongs to other weights."
+        )
+    for message in info.get("error_msgs") or ():
+        raise CheckpointMismatch(
+            str(where), " ".join(str(message).split())[:300], "weights that load", "Fetch them again."
+        )
+
+
+def _mismatch(row: Any) -> tuple[str, str, str]:
+    """(name, shape in the file, shape in the model)."""
+    name, *shapes = row if isinstance(row, (tuple, list)) else (row,)
+    found, expected = [str(tuple(shape)) for shape in shapes] or ["another", "the architecture's"]
+    return str(name), found, expected

@@ -18,6 +18,8 @@ from torch import nn
 
 from sparsmith import anatomy, auto, durable
 from sparsmith.crafting import tensors as strict
+from sparsmith.crafting.base_files import check_config
+from sparsmith.crafting.base_model import open_strictly, refuse_partial
 from sparsmith.crafting.delta import method_state, role_of
 from sparsmith.crafting.identity import Identity, compare, identify, our_version, write_identity
 from sparsmith.crafting.record import CraftRecord, attach, record_of
@@ -94,6 +96,7 @@ def load_full(folder: Path, identity: Identity) -> PreTrainedModel:
 def check_identity(folder: Path, identity: Identity) -> None:
     """Hold `sparsmith.json` against config.json and the headers of the weights; the hashes of the manifest come after."""
     found = durable.read_json(durable.inside(folder, CONFIG))
+    check_config(str(folder / CONFIG), found)
     compare(f"{folder / CONFIG}", found, identity.model_config_json, _EDITED)
     stamp = found.get(_STAMP) if isinstance(found, dict) else None
     stamped = stamp.get("configs") if isinstance(stamp, dict) else None
@@ -156,7 +159,7 @@ def _open(folder: Path, identity: Identity) -> PreTrainedModel:
     options = {"attn_implementation": attention} if attention else {}
     try:
         _check_size(folder, config, known, identity)
-        model, info = opener.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+        model, info = open_strictly(opener, folder, dtype="auto", use_safetensors=True, **options)
     except SparsmithError:
         raise
     except Exception as fault:  # a forged config makes transformers raise almost anything
@@ -166,12 +169,7 @@ def _open(folder: Path, identity: Identity) -> PreTrainedModel:
             "a full checkpoint that this version opens",
             "Use the version that wrote it.",
         ) from fault
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(kind):
-            first = sorted(map(str, info[kind]))[0]
-            raise CheckpointMismatch(
-                f"{folder}: {first}", kind.replace("_", " "), "every tensor, and no other", _EDITED
-            )
+    refuse_partial(folder, info)
     return model
 
 

@@ -4,7 +4,7 @@ was."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -102,6 +102,20 @@ def compare_tables(
     Raises:
         CheckpointMismatch: with both values and, for a name, the nearest one on the other side.
     """
+    compare_names(where, found, expected)
+    for name, (shape, dtype) in expected.items():
+        for what, ours, theirs in (("shape", shape, found[name][0]), ("dtype", dtype, found[name][1])):
+            if ours != theirs:
+                raise CheckpointMismatch(
+                    f"{where}: {name}",
+                    f"{what} {theirs}",
+                    f"{what} {ours}",
+                    "The file belongs to a model of another build; use the config that it was trained with.",
+                )
+
+
+def compare_names(where: str, found: Collection[str], expected: Collection[str]) -> None:
+    """Refuse the first name that is missing or unknown, with the nearest one on the other side."""
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     if missing:
@@ -114,15 +128,6 @@ def compare_tables(
             "only known tensors",
             nearest(unknown[0], list(expected)) if expected else "Remove it.",
         )
-    for name, (shape, dtype) in expected.items():
-        for what, ours, theirs in (("shape", shape, found[name][0]), ("dtype", dtype, found[name][1])):
-            if ours != theirs:
-                raise CheckpointMismatch(
-                    f"{where}: {name}",
-                    f"{what} {theirs}",
-                    f"{what} {ours}",
-                    "The file belongs to a model of another build; use the config that it was trained with.",
-                )
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
