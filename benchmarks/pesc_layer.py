@@ -1,8 +1,8 @@
 """The cost of a PESC layer over the dense FFN that it wraps. `python -m benchmarks.pesc_layer`
 
-One process, repeats of all candidates interleaved, so that a noisy machine disturbs them alike; medians, and ratios of medians to the
-dense FFN. Training step: forward and backward, adapters and router trained, FFN frozen, gradient through it to the input (also in the
-dense reference). Writes benchmarks/results/pesc_layer.json.
+One process, repeats of all candidates interleaved, so that a noisy machine disturbs them alike; a ratio is the median over repeats of
+the ratio within one repeat. Training step: forward and backward, adapters and router trained, FFN frozen, gradient through it to the
+input (also in the dense reference). Writes benchmarks/results/pesc_layer.json.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def training_step(layer: nn.Module, context: RouteContext, x: Tensor, grad: Tens
         parameter.grad = None
 
 
-def measure(tasks: dict[str, Callable[[], None]], repeats: int, warm_up: int = 3) -> dict[str, dict[str, float]]:
-    """Milliseconds of each task: median, smallest, quartiles over interleaved repeats."""
+def measure(tasks: dict[str, Callable[[], None]], repeats: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Milliseconds of each task in each of the interleaved repeats."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for repeat in range(warm_up + repeats):
         for name, task in tasks.items():
@@ -104,15 +104,18 @@ def measure(tasks: dict[str, Callable[[], None]], repeats: int, warm_up: int = 3
             task()
             if repeat >= warm_up:
                 times[name].append((time.perf_counter() - start) * 1e3)
-    return {
-        name: {
-            "median": statistics.median(values),
-            "smallest": min(values),
-            "quartile_1": statistics.quantiles(values, n=4)[0],
-            "quartile_3": statistics.quantiles(values, n=4)[2],
-        }
-        for name, values in times.items()
-    }
+    return times
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, smallest, quartiles."""
+    first, median, third = statistics.quantiles(values, n=4)
+    return {"median": median, "smallest": min(values), "quartile_1": first, "quartile_3": third}
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median over repeats of the ratio within one repeat."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def smallest(task: Callable[[], object], repeats: int = 15) -> float:
@@ -177,9 +180,9 @@ def run(args: argparse.Namespace) -> dict:
     steps = measure({n: lambda m=m, c=c: training_step(m, c, x, grad) for n, (m, c) in built.items()}, args.repeats)
     auto, _ = built["auto"]
     ratios = {
-        "forward": {n: v["median"] / forwards["dense"]["median"] for n, v in forwards.items()},
-        "training": {n: v["median"] / steps["dense"]["median"] for n, v in steps.items()},
-        "naive_over_pesc": steps["naive"]["median"] / steps["auto"]["median"],
+        "forward": {n: ratio(v, forwards["dense"]) for n, v in forwards.items()},
+        "training": {n: ratio(v, steps["dense"]) for n, v in steps.items()},
+        "naive_over_pesc": ratio(steps["naive"], steps["auto"]),
     }
     passed = {
         "forward": ratios["forward"]["auto"] <= BOUNDS["forward"],
@@ -192,8 +195,8 @@ def run(args: argparse.Namespace) -> dict:
         "sizes": {k: v for k, v in vars(args).items() if k != "out"},
         "device_row": device_row(args),
         "auto_takes": auto.pesc.path_for(x.reshape(args.tokens, -1)),
-        "forward_ms": forwards,
-        "training_ms": steps,
+        "forward_ms": {n: summary(v) for n, v in forwards.items()},
+        "training_ms": {n: summary(v) for n, v in steps.items()},
         "ratios": ratios,
         "bounds": BOUNDS,
         "passed": passed,
@@ -218,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("hidden", 768), ("width", 2048), ("experts", 8), ("top-k", 2), ("adapter-dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("tokens", 1024), ("threads", 2), ("repeats", 31)):
+    for name, default in (("tokens", 1024), ("threads", 2), ("repeats", 61)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()

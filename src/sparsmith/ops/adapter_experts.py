@@ -6,7 +6,8 @@ Three paths of one function; they differ only by rounding.
 * `masked`: every expert for every token, gate 0 off the top-k. Two wide products, no gather; exact, as zero gates zero the gradients.
   4 T E r d FLOPs forward. One [T, E*r] tensor is kept for the backward.
 * `grouped`: slots sorted by expert, `grouped_mm` down and up, the k slots of a token summed in fixed order. 4 T k r d FLOPs.
-  No host synchronisation: offsets are counted on the device.
+  No host synchronisation: offsets are counted on the device. On the CPU, where a read costs nothing, the runs are padded to one length
+  while that adds few rows, and one `bmm` takes the place of a grouped product.
 * `loop`: the literal form, one expert after the other; for tests.
 
 Shapes: T tokens, D hidden (d), E experts, K per token (k), R adapter dim (r), S = T*K slots. down (E, R, D), up (E, D, R).
@@ -81,36 +82,59 @@ def masked_experts(
 
 
 class _Runs(NamedTuple):
-    """Slots in the order of their experts."""
+    """Rows in the order of their experts: S of them, or E*C where every run is padded to C rows."""
 
     token_S: Tensor
-    """The token of each slot."""
+    """The token of each row; token 0 for padding, whose gate is 0."""
+    gate_S: Tensor
+    """The gate of each row."""
     slots_TK: Tensor
     """Where a token's k slots went."""
-    offsets_E: Tensor
-    """int32, the end of each expert's run; counted on the device."""
+    offsets_E: Tensor | None
+    """int32, the end of each expert's run, counted on the device; None where all runs have one length."""
 
 
-def _runs(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, _Runs]:
-    """(order of the slots, the runs). The sort is stable, so equal input gives equal order."""
-    k = indices_TK.shape[1]
+# Padded rows that one batched product may cost, as a share of the slots: its gain over the grouped product is of that size.
+_PADDING = 0.25
+
+
+def _runs(indices_TK: Tensor, gates_TK: Tensor, num_experts: int) -> _Runs:
+    """The sort is stable, so equal input gives equal order."""
+    (tokens, k), device = indices_TK.shape, indices_TK.device
+    slots = tokens * k
     expert_S, order_S = indices_TK.reshape(-1).sort(stable=True)
-    boundaries = torch.arange(1, num_experts + 1, device=expert_S.device)
-    offsets_E = torch.searchsorted(expert_S, boundaries).to(torch.int32)
-    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.shape[0], device=order_S.device))
-    return order_S, _Runs(order_S.div(k, rounding_mode="floor"), place_S.view_as(indices_TK), offsets_E)
+    ends_E = torch.searchsorted(expert_S, torch.arange(1, num_experts + 1, device=device))
+    token_S, gate_S = order_S.div(k, rounding_mode="floor"), gates_TK.reshape(-1).index_select(0, order_S)
+    rank_S = torch.arange(slots, device=device)
+    if device.type == "cpu":
+        starts_E = F.pad(ends_E[:-1], (1, 0))
+        length = int((ends_E - starts_E).max()) if slots else 0
+        rows = num_experts * length
+        if 0 < rows <= (1 + _PADDING) * slots:
+            rank_S = rank_S + (torch.arange(num_experts) * length - starts_E).index_select(0, expert_S)
+            token_S = torch.zeros(rows, dtype=token_S.dtype).scatter_(0, rank_S, token_S)
+            gate_S = gate_S.new_zeros(rows).scatter(0, rank_S, gate_S)
+            slots_TK = torch.empty_like(order_S).scatter_(0, order_S, rank_S).view_as(indices_TK)
+            return _Runs(token_S, gate_S, slots_TK, None)
+    slots_TK = torch.empty_like(order_S).scatter_(0, order_S, rank_S).view_as(indices_TK)
+    return _Runs(token_S, gate_S, slots_TK, ends_E.to(torch.int32))
 
 
-def _product(rows_SA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+def _product(rows_SA: Tensor, weight_EAB: Tensor, offsets_E: Tensor | None) -> Tensor:
     """(S, B): rows @ weight[e] for each expert's run of rows."""
+    if offsets_E is None:
+        return torch.bmm(rows_SA.view(weight_EAB.shape[0], -1, rows_SA.shape[1]), weight_EAB).flatten(0, 1)
     if rows_SA.dtype != torch.float64:
         return F.grouped_mm(rows_SA, weight_EAB, offs=offsets_E)
     hot_SE = _membership(rows_SA, offsets_E)  # grouped_mm knows no float64: the same sums at E times the cost
     return torch.einsum("se,sa,eab->sb", hot_SE, rows_SA, weight_EAB)
 
 
-def _weight_gradient(left_SA: Tensor, right_SB: Tensor, offsets_E: Tensor) -> Tensor:
+def _weight_gradient(left_SA: Tensor, right_SB: Tensor, offsets_E: Tensor | None, num_experts: int) -> Tensor:
     """(E, A, B): left^T @ right over each expert's run; zero for an expert without rows."""
+    if offsets_E is None:
+        left, right = (x.view(num_experts, -1, x.shape[1]) for x in (left_SA, right_SB))
+        return torch.bmm(left.transpose(1, 2), right)
     if left_SA.dtype != torch.float64:
         return F.grouped_mm(left_SA.t(), right_SB, offs=offsets_E)
     return torch.einsum("se,sa,sb->eab", _membership(left_SA, offsets_E), left_SA, right_SB)
@@ -156,7 +180,7 @@ class _GroupedExperts(torch.autograd.Function):
         grad_gate_S = (grad_act_SR * act_SR.to(gate_S.dtype)).sum(dim=-1) if wants_gate else None
         grad_up = None
         if wants_up:
-            grad_up = _weight_gradient(grad_SD, torch.mul(act_SR, gate_S[:, None], out=act_SR), offsets_E)
+            grad_up = _weight_gradient(grad_SD, torch.mul(act_SR, gate_S[:, None], out=act_SR), offsets_E, len(up))
         torch.mul(grad_act_SR, gate_S[:, None], out=grad_act_SR)
         grad_pre_SR = _BACKWARD[ctx.activation](grad_act_SR, pre_SR)
         grad_h_TD = grad_down = None
@@ -164,7 +188,7 @@ class _GroupedExperts(torch.autograd.Function):
             rows_SD = torch.index_select(h_TD, 0, token_S, out=grad_SD)  # large and no longer needed
             if keep_SD is not None:
                 rows_SD *= keep_SD
-            grad_down = _weight_gradient(grad_pre_SR, rows_SD, offsets_E)
+            grad_down = _weight_gradient(grad_pre_SR, rows_SD, offsets_E, len(down))
             del rows_SD
         del grad_SD
         if wants_h:
@@ -184,12 +208,13 @@ def grouped_experts(
     dropout: float = 0.0,
 ) -> Tensor:
     """The `grouped` path. `gates_TK` carry the scale; `dropout` is applied to h for each (token, expert) on its own."""
-    order_S, runs = _runs(indices_TK, down.shape[0])
-    gate_S = gates_TK.reshape(-1).index_select(0, order_S)
+    runs = _runs(indices_TK, gates_TK, down.shape[0])
     keep_SD = None
     if dropout > 0:
-        keep_SD = F.dropout(h_TD.new_ones(order_S.shape[0], h_TD.shape[1]), dropout)
-    return _GroupedExperts.apply(h_TD, down, up, gate_S, keep_SD, *runs, activation)
+        keep_SD = F.dropout(h_TD.new_ones(runs.token_S.shape[0], h_TD.shape[1]), dropout)
+    return _GroupedExperts.apply(
+        h_TD, down, up, runs.gate_S, keep_SD, runs.token_S, runs.slots_TK, runs.offsets_E, activation
+    )
 
 
 def loop_experts(

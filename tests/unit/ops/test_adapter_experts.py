@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from sparsmith.ops.adapter_experts import gate_matrix, grouped_experts, grouped_supported, loop_experts, masked_experts
+from sparsmith.ops.adapter_experts import (
+    _runs,
+    gate_matrix,
+    grouped_experts,
+    grouped_supported,
+    loop_experts,
+    masked_experts,
+)
 
 PATHS = {"masked": masked_experts, "grouped": grouped_experts, "loop": loop_experts}
 
@@ -49,6 +56,26 @@ def test_dropout_keeps_the_mean_and_its_gradient():
         return grouped_experts(h, down, up, indices, gates, dropout=0.3)
 
     assert torch.autograd.gradcheck(compute, (h,))
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_runs_padded_to_one_length_or_not(balanced):
+    """Even routing is padded and takes one batched product, skewed routing takes the grouped one; both equal the loop."""
+    torch.manual_seed(0)
+    tokens, experts = 40, 4
+    first = torch.arange(tokens) % experts if balanced else torch.zeros(tokens, dtype=torch.long)
+    indices = torch.stack([first, (first + 1 + torch.arange(tokens) // experts % 3) % experts], dim=1)
+    gates = torch.rand(tokens, 2)
+    assert (_runs(indices, gates, experts).offsets_E is None) == balanced
+    inputs = [torch.randn(tokens, 16), torch.randn(experts, 8, 16), torch.randn(experts, 16, 8), gates]
+    results = []
+    for compute in (grouped_experts, loop_experts):
+        h, down, up, drawn = (x.clone().requires_grad_() for x in inputs)
+        out = compute(h, down, up, indices, drawn)
+        out.backward(torch.ones_like(out))
+        results.append([out.detach(), h.grad, down.grad, up.grad, drawn.grad])
+    for mine, naive in zip(*results, strict=True):
+        torch.testing.assert_close(mine, naive, rtol=1e-5, atol=1e-4)  # sums of up to 80 products in another order
 
 
 @pytest.mark.gpu
