@@ -22,6 +22,7 @@ FLOORS = {
     "bootstrap": 1,
     "auto": 1,
     "runs": 1,
+    "ranks": 1,
     "ops": 1,
     "anatomy": 2,
     "recipe": 2,

@@ -9,16 +9,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsmith import durable, ranks
 from sparsmith import recipe as recipes
 from sparsmith.app import facts
 from sparsmith.app.recipes import load_recipe
-from sparsmith.durable import write_json, write_text
 from sparsmith.errors import MethodError, ProofError, UsageError
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# of several processes every one computes, and the first alone writes
+write_json, write_text = ranks.on_first(durable.write_json), ranks.on_first(durable.write_text)
 
 
 @dataclass
@@ -51,8 +54,11 @@ def tune(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
+    ranks.rows_per_rank(recipe.train.batch_size, recipe.train.micro_batch_size)  # refused before anything is read
+    ranks.start()
     run = RunFolder(Path(recipe.output).absolute())
-    resume = _open(run, recipe)
+    with ranks.first_before_others():
+        resume = _open(run, recipe)
     session = _Session(recipe, run, console, label or run.root.name, baseline or Baseline())
     session.prepare()
     session.craft()
@@ -89,7 +95,7 @@ def _open(run: RunFolder, recipe: Recipe) -> str | None:
 def _last_checkpoint(run: RunFolder) -> str | None:
     found = [p for p in run.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     if not found:
-        run.metrics.unlink(missing_ok=True)
+        ranks.on_first(run.metrics.unlink)(missing_ok=True)
         return None
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1])))
 
@@ -123,14 +129,15 @@ class _Session:
         self.plan = plan_recipe(self.recipe)
         write_json(self.run.plan, self.plan.as_dict())
         self.tokenizer = load_tokenizer(self.recipe.model)
-        self.data = load_data(
-            self.recipe.data,
-            self.tokenizer,
-            seed=train.seed,
-            rows_needed=train.steps * train.batch_size if train.steps else None,
-            epochs=train.epochs,
-            rejects=self.run.rejects,
-        )
+        with ranks.first_before_others():  # the others find the token cache that the first has filled
+            self.data = load_data(
+                self.recipe.data,
+                self.tokenizer,
+                seed=train.seed,
+                rows_needed=train.steps * train.batch_size if train.steps else None,
+                epochs=train.epochs,
+                rejects=self.run.rejects if ranks.is_first() else None,
+            )
         self.steps = train.steps or max(1, len(self.data.train) // train.batch_size)
         write_json(
             self.run.data,
@@ -183,8 +190,9 @@ class _Session:
         bar = ProgressBar(self.label, lambda: tuner.health.words, self.console)
         tuner.add_callback(bar)
         if recipe.train.eval_every and self.data.eval:
-            recorder.write({"step": 0, **self._losses(self.baseline.result)})
-            tuner.add_callback(Evaluation(self._measure, recorder.write, recipe.train.eval_every))
+            record = ranks.on_first(recorder.write)
+            record({"step": 0, **self._losses(self.baseline.result)})
+            tuner.add_callback(Evaluation(self._measure, record, recipe.train.eval_every))
         try:
             tuner.create_optimizer()
         except (ValueError, ImportError, RuntimeError) as fault:
@@ -220,7 +228,8 @@ class _Session:
         save(self.model, self.run.model, tokenizer=self.tokenizer)
         write_json(self.run.proof, self.proof)
         write_json(self.run.facts, self._facts())
-        write_report([self.run.root], self.run.report)
+        ranks.on_first(write_report)([self.run.root], self.run.report)
+        ranks.wait()  # a rank that left early would be missed by a launcher
 
     def _facts(self) -> dict[str, Any]:
         from sparsmith import __version__

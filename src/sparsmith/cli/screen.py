@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from sparsmith import ranks
 from sparsmith.errors import RecipeErrors, SparsmithError
 
 _UNPRINTABLE = dict.fromkeys(range(32)) | {127: None} | {ord("\n"): " ", ord("\t"): " "}
+
+# exit codes of faults in what was given: all processes of a machine meet them alike, and one of them tells
+_OF_THE_INPUT = range(2, 7)
 
 
 @dataclass
@@ -38,6 +42,8 @@ class Screen:
     def show(self, result: Any, label: str = "result") -> None:
         """Print a verb's result: a path, text, a dictionary, or an object with `as_dict` (or `to_json`) that rich can
         print (or with a `table`)."""
+        if not ranks.is_first():
+            return
         if self.json:
             self._print(json.dumps(_as_data(result, label), ensure_ascii=False, default=_plain))
         elif isinstance(result, Path):
@@ -60,17 +66,19 @@ class Screen:
 
     def fault(self, error: SparsmithError) -> int:
         """Print a fault: one line each on stderr, or one document on stdout; returns the exit code."""
+        if ranks.local_rank() and error.exit_code in _OF_THE_INPUT:
+            return error.exit_code
         if self.json:
             self._print(json.dumps({"error": error.as_dict(), "exit_code": error.exit_code}, ensure_ascii=False))
         for each in error.faults if isinstance(error, RecipeErrors) else [error]:
-            self.complain(f"error: {each.where}: found {each.found}; expected {each.expected}. {each.mend}")
+            self.complain(f"{_whose()}error: {each.where}: found {each.found}; expected {each.expected}. {each.mend}")
         return error.exit_code
 
     def failure(self, kind: str, message: str, code: int) -> int:
         """Print a fault that is no SparsmithError; returns the exit code."""
         if self.json:
             self._print(json.dumps({"error": {"kind": kind, "message": message}, "exit_code": code}))
-        self.complain(message)
+        self.complain(_whose() + message)
         return code
 
     def complain(self, line: str) -> None:
@@ -81,6 +89,11 @@ class Screen:
 
     def _print(self, text: str) -> None:
         print(text, file=self.out)
+
+
+def _whose() -> str:
+    """Which process complains, where it is not the first."""
+    return "" if ranks.is_first() else f"rank {ranks.rank()}: "
 
 
 def _as_data(result: Any, label: str) -> Any:

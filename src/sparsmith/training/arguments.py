@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from sparsmith import ranks
 from sparsmith.errors import EnvironmentFault, MethodError
 from sparsmith.recipe.schema import TrainSettings
 
@@ -17,7 +19,7 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
     Raises:
         MethodError: a setting that the Trainer refuses.
     """
-    micro = settings.micro_batch_size or settings.batch_size
+    micro, accumulation = ranks.rows_per_rank(settings.batch_size, settings.micro_batch_size)
     half = _autocast(settings.precision)
     _check_trackers(settings.report_to)
     try:
@@ -25,7 +27,8 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // micro,
+            **_processes(),
+            gradient_accumulation_steps=accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule,
             warmup_steps=0 if settings.schedule == "constant" else round(settings.warmup * steps),
@@ -59,6 +62,14 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
             "settings that the Trainer accepts",
             "Change the setting named.",
         ) from fault
+
+
+def _processes() -> dict[str, Any]:
+    """On several CPU processes the backend must be named, or the Trainer would train each of them for itself."""
+    if ranks.world() == 1:
+        return {}
+    common: dict[str, Any] = {"ddp_timeout": int(ranks.PATIENCE.total_seconds())}
+    return common if ranks.on_cuda() else {**common, "use_cpu": True, "ddp_backend": "gloo"}
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

@@ -11,11 +11,14 @@ Measure = Callable[[], dict[str, Any]]
 
 
 class Evaluation(TrainerCallback):
-    """Calls `measure` every `every` steps and hands the figures to `write`; the end is measured by the caller."""
+    """Calls `measure` every `every` steps and hands the figures to `write`; the end is measured by the caller.
+
+    Every rank measures, because a sharded model answers only when all its ranks ask; `write` is told by its maker who writes.
+    """
 
     def __init__(self, measure: Measure, write: Callable[[dict[str, Any]], None], every: int) -> None:
         self._measure, self._write, self._every = measure, write, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.global_step % self._every == 0:
+        if state.global_step % self._every == 0:
             self._write({"step": state.global_step, **self._measure()})
