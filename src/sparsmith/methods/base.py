@@ -83,6 +83,8 @@ class LossTerm:
 
     value: Tensor
     weight: float
+    over_ranks: bool = False
+    """The value is this rank's part of one over the rows of all ranks (their sum is meant); else it is a mean over this rank's rows."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ class Method:
     """True where the method computes the task loss itself; at most one of a composition may."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method's name -> why the two cannot be combined."""
+    leaves_idle: ClassVar[bool] = False
+    """True where a step may leave a trained tensor without a gradient (a depth that is not run): DDP must then look for such tensors,
+    which costs a walk through the graph in every step."""
 
     def plan(self, config: Any, anatomy: Anatomy, shape: ModelShape) -> MethodPlan:
         """Count, from shapes alone, what `craft` will do. Must agree to the unit with the built model."""

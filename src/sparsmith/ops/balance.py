@@ -10,7 +10,7 @@ Shapes: T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 def expert_counts(indices_TK: Tensor, num_experts: int, mask_T: Tensor | None = None) -> Tensor:
@@ -25,15 +25,23 @@ def expert_counts(indices_TK: Tensor, num_experts: int, mask_T: Tensor | None = 
     return weight @ hot
 
 
-def masked_mean(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Mean over the first dimension, over tokens with mask True; 0 where there are none."""
+def masked_mean(values_T: Tensor, mask_T: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+    """Mean over the first dimension, over tokens with mask True; 0 where there are none. With `tokens` given, the sum over that number:
+    this rank's part of a mean over the tokens of all ranks."""
     if mask_T is None:
-        return values_T.mean(dim=0)
+        return values_T.mean(dim=0) if tokens is None else values_T.sum(dim=0) / tokens
     weight = mask_T.to(values_T.dtype)
-    return (weight @ values_T) / weight.sum().clamp(min=1)
+    return (weight @ values_T) / (weight.sum().clamp(min=1) if tokens is None else tokens)
 
 
-def balance_loss(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = None, *, norm: str = "slots") -> Tensor:
+def balance_loss(
+    logits_TE: Tensor,
+    indices_TK: Tensor,
+    mask_T: Tensor | None = None,
+    *,
+    norm: str = "slots",
+    all_counts_E: Tensor | None = None,
+) -> Tensor:
     """E * sum_i f_i p_i of one layer, a scalar.
 
     Args:
@@ -41,18 +49,35 @@ def balance_loss(logits_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None = 
         indices_TK: the experts taken.
         mask_T: bool, False = padding.
         norm: `slots`: f over T*K slots (1 when uniform, E/k collapsed); `tokens`: f over T tokens (k when uniform, E collapsed).
+        all_counts_E: slots per expert over the rows of all ranks. The result is then this rank's part: summed over the ranks, value and
+            gradient are those of one process that holds all the rows, because f carries no gradient and p is linear in the tokens.
     """
     num_experts, k = logits_TE.shape[-1], indices_TK.shape[-1]
-    p_E = masked_mean(logits_TE.softmax(dim=-1), mask_T)
-    counts_E = expert_counts(indices_TK, num_experts, mask_T).to(p_E.dtype)
+    counts_E = expert_counts(indices_TK, num_experts, mask_T) if all_counts_E is None else all_counts_E
     tokens = counts_E.sum().clamp(min=1) / k
+    p_E = masked_mean(logits_TE.softmax(dim=-1), mask_T, None if all_counts_E is None else tokens)
+    counts_E, tokens = counts_E.to(p_E.dtype), tokens.to(p_E.dtype)
     f_E = counts_E / (tokens * k if norm == "slots" else tokens)
     return num_experts * (f_E.detach() * p_E).sum()
 
 
-def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Mean over tokens of logsumexp(z)^2: keeps logits small. A scalar."""
-    return masked_mean(logits_TE.logsumexp(dim=-1) ** 2, mask_T)
+def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+    """Mean over tokens of logsumexp(z)^2: keeps logits small. A scalar; with `tokens` given, this rank's part as in `masked_mean`."""
+    return masked_mean(logits_TE.logsumexp(dim=-1) ** 2, mask_T, tokens)
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's `values`, without gradient; the tensor itself where there is one process."""
+    if not several_ranks():
+        return values
+    total = values.detach().clone()
+    distributed.all_reduce(total)
+    return total
 
 
 def load_entropy(load_E: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsmith.ops.balance import several_ranks, sum_over_ranks
+
 
 class Window:
     """Adds up what the objective returns; `take` turns it into figures and starts anew.
@@ -40,11 +42,12 @@ class Window:
             self._domain_count = outputs["domain_count"] if first else self._domain_count + outputs["domain_count"]
 
     def take(self, steps: int) -> dict[str, Any]:
-        """Means over the last `steps` optimiser steps.
+        """Means over the last `steps` optimiser steps, of all ranks together: every rank must take.
 
         Returns:
             `terms` {name: mean}, `domain_loss` {domain: nats per token}, `tokens_per_second`.
         """
+        self._over_ranks()
         tokens = int(self._tokens.item()) if self._tokens is not None else 0
         self.tokens_seen += tokens
         figures: dict[str, Any] = {
@@ -56,3 +59,17 @@ class Window:
             figures["domain_loss"] = {name: total / count for name, total, count in pairs if count}
         self._clear()
         return figures
+
+    def _over_ranks(self) -> None:
+        """One message with every sum; float64, which counts tokens exactly."""
+        if self._tokens is None or not several_ranks():
+            return
+        parts = [*self._terms.values(), self._tokens]
+        if self._domain_sum is not None and self._domain_count is not None:
+            parts += [self._domain_sum, self._domain_count]
+        sums = sum_over_ranks(torch.cat([value.detach().double().reshape(-1) for value in parts]))
+        summed = [piece.view_as(value) for piece, value in zip(sums.split([v.numel() for v in parts]), parts)]
+        self._terms = dict(zip(self._terms, summed))
+        self._tokens = summed[len(self._terms)]
+        if self._domain_sum is not None:
+            self._domain_sum, self._domain_count = summed[-2:]

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from sparsmith.methods.pesc.layers import RouteContext
-from sparsmith.ops.balance import load_entropy
+from sparsmith.ops.balance import load_entropy, sum_over_ranks
+from sparsmith.ops.shards import whole
 
 # an expert is dead when its share stays below a tenth of an even one
 _DEAD = 0.1
@@ -30,10 +31,9 @@ def read(context: RouteContext) -> dict[str, Any]:
     for name in ("balance", "router_z"):
         values = context.terms.get(name)
         if values:
-            figures[name] = float(torch.stack(values).mean())
-    norms = context.terms.get("router_grad_norm")
-    if norms:
-        last = norms[-1].float().cpu()
+            figures[name] = float(sum_over_ranks(torch.stack(values).mean()))
+    if context.router_grads:
+        last = torch.stack([whole(norm).float().cpu() for norm in context.router_grads])
         figures["router_grad_norm"] = float(last.norm())
         figures["table/router_grad_norm"] = last.tolist()
     context.reset_window()
@@ -45,7 +45,7 @@ def _loads(context: RouteContext) -> dict[str, Any]:
         return {}
     layers = sorted(context.counts)
     device = context.counts[layers[0]].device
-    counts_LGE = _over_ranks(torch.stack([context.counts[layer].to(device) for layer in layers])).float().cpu()
+    counts_LGE = sum_over_ranks(torch.stack([context.counts[layer].to(device) for layer in layers])).float().cpu()
     total_LE = counts_LGE.sum(dim=1)
     share_LE = _shares(total_LE)
     experts = share_LE.shape[-1]
@@ -66,12 +66,6 @@ def _loads(context: RouteContext) -> dict[str, Any]:
 
 def _shares(counts: Tensor) -> Tensor:
     return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _over_ranks(counts: Tensor) -> Tensor:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(counts)
-    return counts
 
 
 def words(metrics: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsmith.ops.adapter_experts import grouped_experts, grouped_supported, loop_experts, masked_experts
-from sparsmith.ops.balance import balance_loss, z_loss
+from sparsmith.ops.balance import balance_loss, expert_counts, several_ranks, sum_over_ranks, z_loss
 from sparsmith.ops.cost import choose_path
 from sparsmith.ops.routing import Routing, route_dense, route_hashed, route_learned
 
@@ -86,7 +86,9 @@ class RouteContext:
     counts: dict[int, Tensor] = field(default_factory=dict)
     """layer -> (G+1, E) slots taken since the last reading"""
     terms: dict[str, list[Tensor]] = field(default_factory=dict)
-    """name -> detached values since the last reading"""
+    """name -> detached values since the last reading; of several ranks, each holds its part of a value"""
+    router_grads: list[Tensor] = field(default_factory=list)
+    """The router's gradient norm in each layer, of the last backward"""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RouteContext:
         """A copied model starts with a context of its own: what is held here belongs to a forward of the original."""
@@ -136,20 +138,33 @@ class RouteContext:
         known = self.counts.get(layer)
         self.counts[layer] = rows if known is None else known.add_(rows)
 
-    def losses(self, settings: PescSettings) -> dict[str, Tensor]:
-        """`balance` and `router_z` of the forward that has just run, each the mean over layers; nothing without router logits."""
-        device, norm = None, settings.balance_norm
-        balance, router_z = [], []
-        for routing in self.layers.values():
-            if routing.logits is None:
-                continue
-            device = device or routing.logits.device
-            mask = None if self.mask is None else self.mask.to(routing.logits.device)
-            balance.append(balance_loss(routing.logits, routing.indices, mask, norm=norm).to(device))
-            router_z.append(z_loss(routing.logits, mask).to(device))
-        if not balance:
+    def losses(self, settings: PescSettings, over_ranks: bool = False) -> dict[str, Tensor]:
+        """`balance` and `router_z` of the forward that has just run, each the mean over layers; nothing without router logits.
+
+        With `over_ranks`, the means are over the tokens of all ranks' forwards, and a value is this rank's part of the sum.
+        """
+        routings = [(routing.logits, routing.indices) for routing in self.layers.values() if routing.logits is not None]
+        if not routings:
             return {}
+        device, balance, router_z = routings[0][0].device, [], []
+        totals = self._totals(routings) if over_ranks and several_ranks() else [None] * len(routings)
+        for (logits, indices), counts_E in zip(routings, totals):
+            mask = None if self.mask is None else self.mask.to(logits.device)
+            counts_E = None if counts_E is None else counts_E.to(logits.device)
+            tokens = None if counts_E is None else counts_E.sum().clamp(min=1) / indices.shape[-1]
+            norm = settings.balance_norm
+            balance.append(balance_loss(logits, indices, mask, norm=norm, all_counts_E=counts_E).to(device))
+            router_z.append(z_loss(logits, mask, tokens).to(device))
         return {"balance": torch.stack(balance).mean(), "router_z": torch.stack(router_z).mean()}
+
+    @torch.no_grad()
+    def _totals(self, routings: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        """Each layer's slots per expert over all ranks: one message for all layers."""
+        device = routings[0][0].device
+        rows = [
+            expert_counts(i, z.shape[-1], None if self.mask is None else self.mask.to(z.device)) for z, i in routings
+        ]
+        return list(sum_over_ranks(torch.stack([row.to(device) for row in rows])))
 
     def note(self, name: str, value: Tensor) -> None:
         """Keep a figure (on its device) for the next reading."""
@@ -161,7 +176,7 @@ class RouteContext:
         self.mask = self.ids = self.positions = self.domain = self.groups = None
 
     def reset_window(self) -> None:
-        self.counts, self.terms = {}, {}
+        self.counts, self.terms, self.router_grads = {}, {}, []
 
 
 def _groups(domain_T: Tensor | None, mask_T: Tensor | None, indices_TK: Tensor) -> Tensor:

@@ -107,11 +107,15 @@ class PescMethod(Method):
         if not config.trains_router:
             return {}
         context = _crafted(model).route_context
-        losses = context.losses(_crafted(model).settings)
+        losses = context.losses(_crafted(model).settings, over_ranks=True)
         for name, value in losses.items():
             context.note(name, value)
         weights = {"balance": config.balance_weight, "router_z": config.z_weight}
-        return {name: LossTerm(losses[name], weight) for name, weight in weights.items() if weight and name in losses}
+        return {
+            name: LossTerm(losses[name], weight, over_ranks=True)
+            for name, weight in weights.items()
+            if weight and name in losses
+        }
 
     def wanted_terms(self, config: PescConfig) -> tuple[str, ...]:
         weights = {"balance": config.balance_weight, "router_z": config.z_weight}
@@ -123,9 +127,7 @@ class PescMethod(Method):
         context = _crafted(model).route_context
         if config.trains_router:
             grads = [a.router.weight.grad for _, a in adapters_of(model) if a.router is not None]
-            norms = [g.norm() for g in grads if g is not None]
-            if norms:
-                context.note("router_grad_norm", torch.stack([n.to(norms[0].device) for n in norms]))
+            context.router_grads = [g.norm() for g in grads if g is not None] or context.router_grads
         context.clear()
 
     def metrics(self, model: nn.Module, config: PescConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.crafting.record import record_of
+from sparsmith.ops.shards import whole
 
 
 class Health(TrainerCallback):
@@ -21,10 +22,14 @@ class Health(TrainerCallback):
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parts = record_of(model).parts
-        self._roles = {role: [p for _, p in tensors] for role, tensors in trained_roles(model).items()}
+        self._roles: dict[str, list[nn.Parameter]] = {}
         self._gradients: dict[str, torch.Tensor] = {}
         self.words = ""
         self.tables: dict[str, dict[str, Any]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # not earlier: sharding has put other parameters in the place of those that were crafted
+        self._roles = {role: [p for _, p in tensors] for role, tensors in trained_roles(self._model).items()}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for method, config in self._parts:
@@ -40,7 +45,7 @@ class Health(TrainerCallback):
 
     def take(self) -> dict[str, float]:
         """Flat figures `<method>/<name>` and `gradient/<role>` since the last call."""
-        flat = {f"gradient/{role}": norm.item() for role, norm in self._gradients.items()}
+        flat = {f"gradient/{role}": whole(norm).item() for role, norm in self._gradients.items()}
         words = []
         for method, config in self._parts:
             metrics = method.metrics(self._model, config)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from sparsmith.crafting.apply import check_roles, trained_roles
 from sparsmith.errors import RoleDidNotMove
+from sparsmith.ops.shards import is_sharded, part, squared_norms
 
 # Elements watched per tensor: enough that a moving tensor cannot look still, little enough for tensors of any size.
 _SAMPLE = 65_536
@@ -53,9 +54,10 @@ class RolesMove(TrainerCallback):
         still: list[str] = []
         for role, tensors in trained_roles(self._model).items():
             pairs = list(zip(tensors, self._start[role], strict=True))
-            norms = [(_sample(p).float() - before.float()).norm() for (_, p), (_, before) in pairs]
-            updates[role] = torch.stack(norms).norm().item()
-            still += [name for ((name, _), _), norm in zip(pairs, norms, strict=True) if norm == 0]
+            changes = [_sample(p).float() - before.float() for (_, p), (_, before) in pairs]
+            squares = squared_norms(changes, sharded=any(is_sharded(p) for _, p in tensors))
+            updates[role] = squares.sum().sqrt().item()
+            still += [name for (name, _), square in zip(tensors, squares.tolist(), strict=True) if square == 0]
             if not updates[role] > 0:
                 raise RoleDidNotMove(
                     f"role {role}",
@@ -77,5 +79,5 @@ class RolesMove(TrainerCallback):
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    flat = parameter.detach().reshape(-1)
+    flat = part(parameter.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLE)]
