@@ -52,6 +52,11 @@ class TrainRows(torch.utils.data.Dataset):
         """The sample id at a place of the stream, without its tokens."""
         return int(self.starts[self.source[index]] + self.row_of[index])
 
+    def place(self, sample_id: int) -> str:
+        """`file:line` of a row."""
+        number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+        return self.sets[number].place(sample_id - int(self.starts[number]))
+
 
 @dataclass
 class LoadedData:
@@ -80,8 +85,7 @@ class LoadedData:
 
     def place(self, sample_id: int) -> str:
         """`file:line` of a training row."""
-        number = int(np.searchsorted(self.train.starts, sample_id, side="right")) - 1
-        return self.train.sets[number].place(sample_id - int(self.train.starts[number]))
+        return self.train.place(sample_id)
 
 
 def render_prompt(
