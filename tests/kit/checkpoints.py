@@ -12,7 +12,9 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import sparsmith as sm
 from sparsmith import durable
+from sparsmith.exporting import export
 from sparsmith.methods.base import LoraSettings
+from tests.kit.evalsets import char_tokenizer
 from tests.kit.pico import pico_model, randomize_adapters
 
 LORA = LoraSettings(r=4, alpha=8, dropout=0.1)
@@ -46,6 +48,20 @@ def crafted(base: Path, **changes: Any) -> torch.nn.Module:
     return train_a_little(sm.craft(dense, sm.PescConfig(**settings), inplace=True))
 
 
+def make_home(home: Path) -> Path:
+    """`base`, and what was crafted from it: `delta`, `full` and `export`, each a folder of `home`."""
+    model = crafted(save_base(home / "base"))
+    sm.save(model, home / "delta")
+    sm.save(model, home / "full", full=True)
+    export(model, home / "export", tokenizer=char_tokenizer(), proof=False)
+    return home
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file below the folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def edit_json(file: Path, change: Callable[[Any], None]) -> None:
     """Change a JSON file and seal its folder again, as a careful forger would."""
     data = json.loads(file.read_text())
@@ -54,14 +70,15 @@ def edit_json(file: Path, change: Callable[[Any], None]) -> None:
     durable.seal(file.parent)
 
 
-def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change a safetensors file, its header text kept, and seal its folder again."""
+def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], None], *, sealed: bool = True) -> None:
+    """Change a safetensors file, its header text kept, and seal its folder again (a base is not sealed)."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata)
-    durable.seal(file.parent)
+    if sealed:
+        durable.seal(file.parent)
 
 
 def set_path(data: Any, path: str, value: Any) -> None:

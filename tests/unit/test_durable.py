@@ -15,6 +15,7 @@ import pytest
 
 from sparsmith import durable
 from sparsmith.errors import CheckpointError, EnvironmentFault
+from tests.kit.hostile import HOSTILE
 
 
 def write_folder(path: Path, **options) -> Path:
@@ -74,44 +75,6 @@ def test_every_bit_of_the_manifest_itself_is_watched(tmp_path):
             file.write_bytes(data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :])
             with pytest.raises(CheckpointError):
                 durable.read_manifest(folder)
-
-
-HOSTILE = [
-    *["../a", "a/../../b", "/etc/passwd", "..", ".", "", "a//b", "./a", "a/.", "a/..", "//a", "a/", "\\\\host\\a"],
-    *[
-        "..\\a",
-        "C:\\a",
-        "C:a",
-        "a\x00b",
-        "a\nb",
-        "a\x7f",
-        "\u202egnp",
-        "~/a",
-        "~root/a",
-        "a*",
-        "a?",
-        "a<b",
-        "a>b",
-        "a|b",
-    ],
-    *[
-        'a"b',
-        " a",
-        "a ",
-        "a./b",
-        "a .",
-        "\ta",
-        "a\r",
-        "\ud800",
-        "a" * 300,
-        "..%2f\x1b",
-        "\u2028",
-        "\xa0",
-        "..../",
-        ".../a",
-    ],
-    *["con:", "file:///etc", "a/../a", "sub/../../x", "\x01", "/", "\\", "a\\b", "…/\x00", "..;/a:", "\u200b\u200e"],
-]
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=[str(index) for index in range(len(HOSTILE))])

@@ -64,8 +64,8 @@ def read_delta_identity(folder: Path) -> Identity:
         raise CheckpointError(str(file), "no such file", "the trained tensors", "Take another checkpoint.")
     header = strict.read_metadata(file).get(_HEADER, "")
     written = durable.parse_json(header.encode(), f"{file}: header")
-    compare(f"{folder}/sparsmith.json", identity.core(), written, _EDITED)
-    strict.compare_tables(f"{folder}/sparsmith.json", strict.file_rows(folder), identity.rows())
+    compare(f"{folder}/sparsmith.json against {WEIGHTS}", identity.core(), written, _EDITED)
+    strict.compare_folder(folder, f"{folder}/sparsmith.json", identity.rows())
     return identity
 
 

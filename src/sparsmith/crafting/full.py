@@ -97,11 +97,11 @@ def check_identity(folder: Path, identity: Identity) -> None:
     """Hold `sparsmith.json` against config.json and the headers of the weights; the hashes of the manifest come after."""
     found = durable.read_json(durable.inside(folder, CONFIG))
     check_config(str(folder / CONFIG), found)
-    compare(f"{folder / CONFIG}", found, identity.model_config_json, _EDITED)
+    compare(f"{folder / CONFIG} against sparsmith.json", found, identity.model_config_json, _EDITED)
     stamp = found.get(_STAMP) if isinstance(found, dict) else None
     stamped = stamp.get("configs") if isinstance(stamp, dict) else None
-    compare(f"{folder}/sparsmith.json", list(identity.configs), stamped, _EDITED, "configs")
-    strict.compare_tables(f"{folder}/sparsmith.json", strict.file_rows(folder), identity.rows())
+    compare(f"{folder}/sparsmith.json against {CONFIG}", list(identity.configs), stamped, _EDITED, "configs")
+    strict.compare_folder(folder, f"{folder}/sparsmith.json", identity.rows())
 
 
 def standalone_sources(model: PreTrainedModel, record: CraftRecord) -> tuple[str, ...]:

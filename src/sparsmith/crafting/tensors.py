@@ -114,6 +114,13 @@ def compare_tables(
                 )
 
 
+def compare_folder(folder: Path, where: str, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """`compare_tables` of what the weight files hold and what `where` says of them; the refusal names both, as either may be the wrong one."""
+    files = [file.name for file in sorted(folder.glob("*.safetensors"))]
+    shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if files[3:] else "")
+    compare_tables(f"{where} against {shown}", file_rows(folder), expected)
+
+
 def compare_names(where: str, found: Collection[str], expected: Collection[str]) -> None:
     """Refuse the first name that is missing or unknown, with the nearest one on the other side."""
     missing = [name for name in expected if name not in found]

@@ -21,6 +21,7 @@ from sparsmith import anatomy, durable
 from sparsmith.crafting import full
 from sparsmith.crafting import tensors as strict
 from sparsmith.crafting.apply import craft
+from sparsmith.crafting.base_files import check_config
 from sparsmith.crafting.base_model import load_base
 from sparsmith.crafting.delta import method_state
 from sparsmith.crafting.record import BaseRecord, attach_base
@@ -80,8 +81,7 @@ def import_camelidae(
     """
     source = Path(folder)
     config = durable.read_json(source / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(str(source / "config.json"), type(config).__name__, "an object", "Fetch it again.")
+    check_config(str(source / "config.json"), config)
     blocks, dense = _split(source)
     where = str(source / "config.json")
     scale = _agreed(where, "moe_scaling", config.get("moe_scaling"), adapter_scale, "adapter_scale")

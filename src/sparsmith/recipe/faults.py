@@ -46,11 +46,12 @@ _EXPECTED = {
 def report(tree: Tree, errors: Iterable[ErrorDetails], root: type[BaseModel], methods: Mapping[str, type]) -> None:
     """Add one fault per path (branches of a union are told together)."""
     guide = Guide(root, methods, tree)
+    told = {fault.where for fault in tree.faults}  # by the reader of the text, whose stand-in value need not fit
     by_path: dict[Path, list[ErrorDetails]] = {}
     for error in errors:
         by_path.setdefault(_real_path(tree.data, error), []).append(error)
     for path, group in by_path.items():
-        if not _is_echo(path, group[0], by_path, tree):
+        if tree.where(path) not in told and not _is_echo(path, group[0], by_path, tree):
             _report_one(tree, path, group, guide)
 
 

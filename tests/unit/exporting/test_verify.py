@@ -11,16 +11,7 @@ import sparsmith as sm
 from sparsmith import durable
 from sparsmith.errors import CheckpointError, CheckpointMismatch
 from sparsmith.exporting import verify
-from tests.kit.checkpoints import DELTA, IDENTITY, crafted, edit_json, edit_tensors, save_base
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    model = crafted(save_base(home / "base"))
-    sm.save(model, home / "delta")
-    sm.save(model, home / "full", full=True)
-    return home
+from tests.kit.checkpoints import DELTA, IDENTITY, edit_json, edit_tensors
 
 
 def test_whole_folders_are_counted(home):
