@@ -72,7 +72,7 @@ def test_weights_are_looked_at_before_the_first_and_after_the_last_step(tmp_path
     else:
         tuner.create_optimizer()
         tuner.optimizer.register_step_post_hook(lambda *_: weight.data.fill_(float("nan")))
-    with pytest.raises(ProofError, match={"before": "step 0, before training", "after": "step 1, after"}[when]):
+    with pytest.raises(ProofError, match={"before": "step 0, before training", "after": "step 1, after the optimiser"}[when]):
         tuner.train()
 
 
@@ -117,7 +117,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     router = tuner.crafted.base.model.layers[1].mlp.pesc.router
 
     def spoil(module, args, output):
-        return torch.full_like(output, float("nan")) if plant.armed and rank == 1 else None
+        return output + float("nan") if plant.armed and rank == 1 else None
 
     router.register_forward_hook(spoil)
     try:

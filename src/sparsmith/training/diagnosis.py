@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsmith.ops.shards import part
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -35,7 +37,7 @@ def bad_parameter(model: nn.Module) -> Finding | None:
     """The first parameter that holds a NaN or an infinity, trained or frozen."""
     for name, parameter in model.named_parameters():
         if _bad(parameter):
-            count = int((~torch.isfinite(local(parameter))).sum())
+            count = int((~torch.isfinite(part(parameter))).sum())
             module, _, own = name.rpartition(".")
             return Finding(module or _ROOT, f"{count} of the {parameter.numel():,} numbers in its parameter `{own}`")
     return None
@@ -85,7 +87,7 @@ def bad_backward(model: nn.Module, run: Callable[[], None]) -> Finding | None:
 
 def overflown_gradient(model: nn.Module) -> Finding | None:
     """Where the largest gradient lies, when their norm overflows though each of them is finite; None where it does not."""
-    norms = {n: local(p.grad).double().norm().item() for n, p in model.named_parameters() if p.grad is not None}
+    norms = {n: part(p.grad).double().norm().item() for n, p in model.named_parameters() if p.grad is not None}
     name = max(norms, key=lambda one: norms[one], default="")
     if not name or norms[name] < _OVERFLOW:
         return None
@@ -147,15 +149,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A figure that is computed over shards, as a plain tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _bad(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not bool(torch.isfinite(local(tensor.detach())).all())
+    return tensor.is_floating_point() and not bool(torch.isfinite(part(tensor.detach())).all())

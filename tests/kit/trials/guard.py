@@ -134,7 +134,7 @@ def plant_router(tuner: sm.Tuner, plant: Plant, value: float, layer: int) -> tup
     name = f"base.model.layers.{layer}.mlp.pesc.router"
 
     def spoil(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        return torch.full_like(output, value) if plant.now() else None
+        return output + value if plant.now() else None
 
     tuner.crafted.get_submodule(name).register_forward_hook(spoil)
     return (name,)

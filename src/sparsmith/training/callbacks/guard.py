@@ -20,6 +20,8 @@ from torch import Tensor, distributed, nn
 from transformers import TrainerCallback
 
 from sparsmith.errors import ProofError
+from sparsmith.ops.balance import several_ranks
+from sparsmith.ops.shards import part, whole
 from sparsmith.training import diagnosis
 from sparsmith.training.diagnosis import Finding
 
@@ -76,12 +78,16 @@ class Guard(TrainerCallback):
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._check_parameters(f"step {state.global_step}, before training")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._check_parameters(f"step {state.global_step}, after the optimiser's last move")
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where no next step looks before the weights are written."""
+        if control.should_save or state.global_step >= state.max_steps:
+            self._check_parameters(f"step {state.global_step}, after the optimiser moved")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         micro, losses, norm = self._micro, self._losses, self.norm
         self._micro, self._losses, self.norm = [], [], None
+        if norm is None:  # a Trainer that did not measure it
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         bad = self._look(losses, norm)
         if bad == ["gradient norm"] and self._scaler is not None:
             self._skipped += 1  # the scaler will skip this step and lower its scale
@@ -97,19 +103,17 @@ class Guard(TrainerCallback):
         return getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
 
     @torch.no_grad()
-    def _look(self, losses: list[Tensor], norm: Tensor | float | None) -> list[str]:
+    def _look(self, losses: list[Tensor], norm: Tensor | float) -> list[str]:
         """The kinds that are not finite; on several ranks, on any of them."""
-        if norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         device = losses[0].device if losses else None
-        local = [diagnosis.local(p) for p in self._trained]
+        held = [p for p in map(part, self._trained) if p.numel()]
         figures = [
             torch.stack([loss.float() for loss in losses]).sum() if losses else torch.zeros(()),
-            diagnosis.whole(torch.as_tensor(norm)),
-            torch.nn.utils.get_total_norm(local, norm_type=float("inf")),
+            _figure(norm),
+            torch.nn.utils.get_total_norm(held, norm_type=float("inf")),
         ]
         bad = torch.stack([~torch.isfinite(figure.to(device)) for figure in figures]).int()
-        if distributed.is_available() and distributed.is_initialized():
+        if several_ranks():
             distributed.all_reduce(bad, distributed.ReduceOp.MAX)
         return [kind for kind, found in zip(_KINDS, bad.tolist(), strict=True) if found]
 
@@ -124,7 +128,7 @@ class Guard(TrainerCallback):
         found = self._find(micro)
         said = {
             "loss": f"a loss of {sum(loss.item() for loss in losses)}",
-            "gradient norm": f"a gradient of norm {_plain(norm)}",
+            "gradient norm": f"a gradient of norm {_figure(norm).item()}",
         }
         heads = " and ".join(said.get(kind, "a trained parameter that is not finite") for kind in bad)
         told = _shared((found, f"{heads}; {self._told(found, micro)}"))
@@ -198,18 +202,14 @@ class Guard(TrainerCallback):
         return text
 
 
-def _ranks() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def _shared(value: Any) -> list[Any]:
     """The value of every rank, in order of rank."""
-    if _ranks() == 1:
+    if not several_ranks():
         return [value]
-    gathered: list[Any] = [None] * _ranks()
+    gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, value)
     return gathered
 
 
-def _plain(norm: Any) -> str:
-    return str(diagnosis.whole(torch.as_tensor(norm)).item()) if norm is not None else "unknown"
+def _figure(norm: Tensor | float) -> Tensor:
+    return whole(norm) if isinstance(norm, Tensor) else torch.tensor(float(norm))
