@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.kit.tally import Tally
+from tests.kit.trials import bad_recipes, bad_rows, damage, hostile_names, no_code, strict_loading
 
 
 @dataclass(frozen=True)
@@ -24,4 +25,47 @@ class Row:
 
 def rows() -> list[Row]:
     """All rows, in order."""
-    return []
+    return [
+        Row(
+            3,
+            "Every bit is watched: 1,000 bit flips and 300 truncations over all checkpoint files",
+            "1,300 refused, the file named",
+            "payload flips load silently, 300/300",
+            damage.run,
+        ),
+        Row(
+            8,
+            "Bad rows are named: 500 generated files",
+            "500 with `file:line` and reason, or set aside and written down; no good row changed",
+            "names the file 0/12, silent 7/12",
+            bad_rows.run,
+        ),
+        Row(
+            9,
+            "Bad recipes are named, all faults at once: 300 mutants",
+            "300 with `file:line: key` of each fault; nothing loaded or written before",
+            "not measured",
+            bad_recipes.run,
+        ),
+        Row(
+            15,
+            "Strict loading: drop, rename, reshape and recast each tensor of checkpoints and bases",
+            "all refused, the nearest name given",
+            "warning only; missing weight becomes random",
+            strict_loading.run,
+        ),
+        Row(
+            16,
+            "No code from files: pickles in every slot, code by config, YAML tags, the source itself",
+            "0 executed, 0 found",
+            "not measured",
+            no_code.run,
+        ),
+        Row(
+            17,
+            "No path leaves the folder: 52 hostile names in manifests, indexes and recipes, and links",
+            "all refused",
+            "`../` in a weight index is followed",
+            hostile_names.run,
+        ),
+    ]

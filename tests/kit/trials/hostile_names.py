@@ -25,7 +25,7 @@ from tests.kit.hostile import HOSTILE
 from tests.kit.refusals import unlike_refusal
 from tests.kit.tally import Tally
 from tests.kit.trials.strict_loading import open_base
-from tests.unit.recipe.good import GOOD
+from tests.kit.recipes import GOOD
 
 INDEX = "model.safetensors.index.json"
 

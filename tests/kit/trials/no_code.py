@@ -26,7 +26,7 @@ from tests.kit.checkpoints import DELTA, IDENTITY, edit_json, make_home
 from tests.kit.refusals import unlike_refusal
 from tests.kit.tally import Tally
 from tests.kit.trials.strict_loading import open_base
-from tests.unit.recipe.good import GOOD
+from tests.kit.recipes import GOOD
 
 SOURCE = Path(sm.__file__).parent
 # attribute calls that read a pickle or run text; yaml.load, torch.load without weights_only=True and the like are caught apart

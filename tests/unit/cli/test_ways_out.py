@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sparsmith import app, errors
 from sparsmith.cli import main
-from tests.unit.recipe.good import GOOD, write
+from tests.kit.recipes import GOOD, write
 
 KINDS = {
     errors.SparsmithError: 1,

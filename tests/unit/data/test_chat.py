@@ -8,7 +8,7 @@ from sparsmith.data.chat import ChatEncoder, make_encoder
 from sparsmith.data.rows import RowFault
 from sparsmith.data.tokens import TemplateEncoder, TokenRow
 from sparsmith.errors import DataError
-from tests.unit.data.make import CHATML, MARKED, chat_tokenizer
+from tests.kit.rowfiles import CHATML, MARKED, chat_tokenizer
 from tests.unit.data.test_tokens import turns
 
 TALK = turns("hi", "an", "why", "so\nwe", system="be")

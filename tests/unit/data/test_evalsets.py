@@ -10,7 +10,7 @@ from sparsmith.data.evalsets import load_eval
 from sparsmith.errors import DataError
 from sparsmith.recipe.schema import EvalSource
 from tests.kit.evalsets import char_tokenizer
-from tests.unit.data.make import settings, source, write_jsonl
+from tests.kit.rowfiles import settings, source, write_jsonl
 
 TOKENIZER = char_tokenizer()
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparsmith.data import cache, load_data
 from sparsmith.errors import DataError, RecipeError
 from sparsmith.recipe.schema import EvalSource
-from tests.unit.data.make import chat_tokenizer, rows_of, settings, source, write_jsonl
+from tests.kit.rowfiles import chat_tokenizer, rows_of, settings, source, write_jsonl
 
 TOKENIZER = chat_tokenizer(None)
 

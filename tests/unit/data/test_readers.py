@@ -15,7 +15,7 @@ from sparsmith.data import read_rows
 from sparsmith.data.read_table import read_csv
 from sparsmith.data.rows import Row
 from sparsmith.errors import DataError
-from tests.unit.data.make import rows_of, source, write_jsonl
+from tests.kit.rowfiles import rows_of, source, write_jsonl
 
 ROWS = [
     {"prompt": 'a, "b"\nc', "completion": "é\u2028x  "},

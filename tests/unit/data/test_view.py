@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 
 from sparsmith.data import show
-from tests.unit.data.make import chat_tokenizer, rows_of, settings, source, write_jsonl
+from tests.kit.rowfiles import chat_tokenizer, rows_of, settings, source, write_jsonl
 
 
 def test_the_view_marks_what_is_trained(tmp_path):

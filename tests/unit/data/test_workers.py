@@ -7,7 +7,7 @@ import pytest
 from sparsmith.data import workers
 from sparsmith.data.chat import ChatEncoder
 from sparsmith.data.rows import RowFault
-from tests.unit.data.make import MARKED, chat_tokenizer
+from tests.kit.rowfiles import MARKED, chat_tokenizer
 from tests.unit.data.test_tokens import turns
 
 PICKY = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('refused') }}{% endif %}"

@@ -11,7 +11,7 @@ from sparsmith.errors import RecipeErrors
 from sparsmith.methods import registry
 from sparsmith.recipe import dump, is_hub_id, load_recipe, load_text, resolve, with_absolute_paths
 from sparsmith.recipe.schema import Recipe
-from tests.unit.recipe.good import GOOD, write
+from tests.kit.recipes import GOOD, write
 
 METHODS = registry.config_classes()
 
