@@ -40,6 +40,7 @@ __all__ = [
     "MANIFEST",
     "FileEntry",
     "append_line",
+    "claimed",
     "clean_leftovers",
     "durable_folder",
     "file_digest",
@@ -177,6 +178,26 @@ def clean_leftovers(parent: str | Path) -> list[Path]:
         _remove(path)
         removed.append(path)
     return removed
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[bool]:
+    """Hold `folder` for the block; False where another process holds it. A dead process holds nothing."""
+    if fcntl is None:
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        yield free
+    finally:
+        os.close(handle)
 
 
 def require_space(path: str | Path, needed: int) -> None:

@@ -117,6 +117,23 @@ class EnvironmentFault(SparsmithError):
     exit_code = 9
 
 
+class Interrupted(SparsmithError):
+    """A run that was asked to stop by a signal, and stopped in order.
+
+    Args:
+        signal: the signal's number; the exit code is 128 + that.
+    """
+
+    exit_code = 143
+
+    def __init__(self, where: str, found: str, expected: str, mend: str, signal: int = 15) -> None:
+        super().__init__(where, found, expected, mend)
+        self.exit_code = 128 + int(signal)
+
+    def __reduce__(self):
+        return (type(self), (self.where, self.found, self.expected, self.mend, self.exit_code - 128))
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     """A hint that names the nearest known word, or all of them where none is near."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -61,6 +61,8 @@ def start() -> None:
     import torch
     from torch import distributed
 
+    # `accelerate launch --use_fsdp` sets it: transformers would then give every rank but the first an empty base, and nothing could be crafted
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     cuda = on_cuda()
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())

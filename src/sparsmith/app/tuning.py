@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsmith import durable, ranks
-from sparsmith import recipe as recipes
 from sparsmith.app import facts
+from sparsmith.app.opening import opened, require_space
 from sparsmith.app.recipes import load_recipe
-from sparsmith.errors import MethodError, ProofError, UsageError
+from sparsmith.errors import MethodError, ProofError
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder
 
@@ -57,47 +57,13 @@ def tune(
     ranks.rows_per_rank(recipe.train.batch_size, recipe.train.micro_batch_size)  # refused before anything is read
     ranks.start()
     run = RunFolder(Path(recipe.output).absolute())
-    with ranks.first_before_others():
-        resume = _open(run, recipe)
     session = _Session(recipe, run, console, label or run.root.name, baseline or Baseline())
-    session.prepare()
-    session.craft()
-    session.train(resume)
-    session.finish()
+    with session.stop.listening(), opened(run, recipe, session.warn) as checkpoint:
+        session.prepare()
+        session.craft()
+        session.train(checkpoint)
+        session.finish()
     return run.root
-
-
-def _open(run: RunFolder, recipe: Recipe) -> str | None:
-    """The checkpoint to resume from, if the folder holds an unfinished run of this recipe."""
-    text = recipes.dump(recipe)
-    if run.root.exists() and any(run.root.iterdir()):
-        if not run.recipe.is_file():
-            raise UsageError(str(run.root), "a folder with other files", "a new folder, or a run", "Change `output`.")
-        if run.recipe.read_text(encoding="utf-8") != text:
-            raise UsageError(
-                str(run.root),
-                "a run of another recipe",
-                "a run of this recipe",
-                "Change `output`, or remove the folder.",
-            )
-        if run.finished:
-            raise UsageError(
-                str(run.root),
-                "a finished run",
-                "an unfinished one to go on with",
-                "Change `output`, or remove the folder.",
-            )
-    run.root.mkdir(parents=True, exist_ok=True)
-    write_text(run.recipe, text)
-    return _last_checkpoint(run)
-
-
-def _last_checkpoint(run: RunFolder) -> str | None:
-    found = [p for p in run.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    if not found:
-        ranks.on_first(run.metrics.unlink)(missing_ok=True)
-        return None
-    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1])))
 
 
 class _Session:
@@ -108,8 +74,15 @@ class _Session:
 
         self.recipe, self.run, self.label, self.baseline = recipe, run, label, baseline
         self.console = console or Console(stderr=True)
+        from sparsmith.training.callbacks.stop import PoliteStop
+
+        self.stop = PoliteStop()
         self.started = time.time()
         self.proof: dict[str, Any] = run.read(run.proof) or {}
+
+    def warn(self, text: str) -> None:
+        """A line of its own, whatever the progress bar does."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def prepare(self) -> None:
         """Threads, tokenizer, rows, plan: everything that can fail before a weight is read."""
@@ -127,6 +100,7 @@ class _Session:
         logging.disable_progress_bar()
         set_seed(train.seed)
         self.plan = plan_recipe(self.recipe)
+        require_space(self.run, self.plan.disk, train.keep if train.save_every else None)
         write_json(self.run.plan, self.plan.as_dict())
         self.tokenizer = load_tokenizer(self.recipe.model)
         with ranks.first_before_others():  # the others find the token cache that the first has filled
@@ -166,17 +140,21 @@ class _Session:
             "trained": {"check": "trained parameters by role equal the plan", "value": counts, "passed": True},
         }
 
-    def train(self, resume: str | None) -> None:
-        """The Trainer's loop."""
+    def train(self, checkpoint: Path | None) -> None:
+        """The Trainer's loop, from `checkpoint` on."""
         from sparsmith.data import Collator
         from sparsmith.training import Tuner
         from sparsmith.training.arguments import training_arguments
+        from sparsmith.training.callbacks.dry_step import DryStep
         from sparsmith.training.callbacks.measure import Evaluation
         from sparsmith.training.callbacks.progress import ProgressBar
         from sparsmith.training.callbacks.recorder import Recorder
+        from sparsmith.training.saves import step_of
 
         recipe = self.recipe
         recorder = Recorder(self.run.metrics)
+        if ranks.is_first():
+            recorder.forget_after(step_of(checkpoint) if checkpoint else -1)
         tuner = Tuner(
             model=self.model,
             args=training_arguments(recipe.train, self.run.checkpoints, self.steps),
@@ -187,24 +165,34 @@ class _Session:
             proven=self._moved,
             callbacks=[recorder],
         )
+        if recipe.train.dry_step:
+            tuner.add_callback(DryStep(tuner, self.plan.memory))
         bar = ProgressBar(self.label, lambda: tuner.health.words, self.console)
         tuner.add_callback(bar)
         if recipe.train.eval_every and self.data.eval:
             record = ranks.on_first(recorder.write)
-            record({"step": 0, **self._losses(self.baseline.result)})
+            if checkpoint is None:
+                record({"step": 0, **self._losses(self.baseline.result)})
             tuner.add_callback(Evaluation(self._measure, record, recipe.train.eval_every))
         try:
             tuner.create_optimizer()
         except (ValueError, ImportError, RuntimeError) as fault:
             reason = " ".join(str(fault).split())[:300]
             raise MethodError("train.optimizer", reason, "an optimiser that runs here", "Try adamw_torch.") from fault
-        begun = time.perf_counter()
+        tuner.add_callback(self.stop)  # last, so that it hears what came during an evaluation
+        self.stop.training = True
         try:
-            tuner.train(resume_from_checkpoint=resume)
+            tuner.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             bar.close()
-        self.train_seconds = time.perf_counter() - begun
-        self.tokens_per_second = tuner.window.tokens_seen / self.train_seconds
+            self.stop.training = False
+        step = tuner.state.global_step
+        if self.stop.number is not None:
+            mend = f"the checkpoint of step {step} is whole, and the same command goes on from it"
+            raise self.stop.fault(f"in step {step}", mend)
+        spent = tuner.spent
+        self.train_seconds, tokens = spent["seconds"], spent["tokens"]
+        self.tokens_per_second = tokens / self.train_seconds
 
     def _moved(self, record: dict[str, Any]) -> None:
         """Written at once, so that a run which is cut later keeps its proof."""
@@ -225,7 +213,7 @@ class _Session:
             write_json(self.run.samples, side_by_side(self.baseline.samples, self._samples(self.model)))
         if tables:
             write_json(self.run.tables, tables)
-        save(self.model, self.run.model, tokenizer=self.tokenizer)
+        save(self.model, self.run.model, tokenizer=self.tokenizer, replace=True)
         write_json(self.run.proof, self.proof)
         write_json(self.run.facts, self._facts())
         ranks.on_first(write_report)([self.run.root], self.run.report)
@@ -273,7 +261,9 @@ class _Session:
         return sample_answers(model, self.tokenizer, self.data.eval, per_set=1)
 
     def _measure(self) -> dict[str, Any]:
-        return self._losses(self._evaluate(self.model, metrics=["loss"], resamples=1))
+        # with several ranks none leaves alone: another may wait for its share of a sharded forward
+        check = (lambda batch: self.stop.check()) if ranks.world() == 1 else None
+        return self._losses(self._evaluate(self.model, metrics=["loss"], resamples=1, on_batch=check))
 
     @staticmethod
     def _losses(result: Any) -> dict[str, Any]:

@@ -95,6 +95,23 @@ class Objective(nn.Module):
             terms[name] = (portion * term.value).detach()
         return {"loss": total, "terms": terms, "tokens": token_mask.sum(), **statistics}
 
+    # what accelerate asks a model for when it shards it: these become units of their own, so that an evaluation, which calls the crafted
+    # model and not this module, finds nothing that only the root would gather
+    base_model_prefix = "decoder"
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head, where the final norm is."""
+        return anatomy.backbone(self.model)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The crafted model's."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The crafted model's."""
+        return self.model.get_output_embeddings()
+
     def _task_loss(self, batch: Batch, items: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the next token; positions without a label are dropped before norm-to-head work is done."""
         inputs = {

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
+from sparsmith import durable, ranks
 from sparsmith.crafting.checkpoint import save
 from sparsmith.crafting.delta import fill_delta
 from sparsmith.crafting.record import record_of
-from sparsmith.errors import ProofError
+from sparsmith.errors import CheckpointError
+from sparsmith.training import sharding
+from sparsmith.training.callbacks.guard import Guard
 from sparsmith.training.callbacks.health import Health
 from sparsmith.training.callbacks.proof import RolesMove
+from sparsmith.training.callbacks.saving import Saving
+from sparsmith.training.callbacks.streams import Streams
 from sparsmith.training.objective import Objective
+from sparsmith.training.saves import folder_of, latest, prune, step_of
+from sparsmith.training.state import parameter_names, read_state, state_bytes, write_state
 from sparsmith.training.window import Window
 
-MODEL_FOLDER = "model"
-"""Folder of the delta inside a trainer checkpoint."""
+MODEL_FOLDER, TRAINER_STATE = "model", "trainer_state.json"
+"""In a run's checkpoint: the folder of the delta, and the Trainer's own record."""
 
 
 class Tuner(Trainer):
@@ -57,13 +65,17 @@ class Tuner(Trainer):
         args.remove_unused_columns = False
         # the Trainer would replace a NaN loss by the running mean; here it stops the run
         args.logging_nan_inf_filter = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = any(method.leaves_idle for method, _ in record.parts)
         if getattr(train_dataset, "ordered", False):
             args.train_sampling_strategy = "sequential"
         self.parts = record.parts
         self.window = Window(tuple(domains))
         self.health = Health(model)
         self.roles_move = RolesMove(model, moved_after, proven) if moved_after is not None else None
-        own: list[TrainerCallback] = [self.health, *([self.roles_move] if self.roles_move else [])]
+        self.guard = Guard(model, getattr(train_dataset, "place", None))
+        own: list[TrainerCallback] = [Streams(), self.guard, self.health, Saving()]
+        own += [self.roles_move] if self.roles_move else []
         super().__init__(
             model=Objective(model, domains=len(domains)),
             args=args,
@@ -73,8 +85,54 @@ class Tuner(Trainer):
             **kwargs,
         )
         self.remove_callback(PrinterCallback)
+        self.guard.attach(self)
+        self.sharded = self.is_fsdp_enabled = sharding.set_up(self.accelerator, model)
         self.crafted: Any = model
         self._logged_at = 0
+        self._begun = time.perf_counter()
+        self._before = {"seconds": 0.0, "tokens": 0}
+
+    @property
+    def spent(self) -> dict[str, Any]:
+        """`seconds` and `tokens` of training up to the last log line, those before a resume included."""
+        return {
+            "seconds": self._before["seconds"] + time.perf_counter() - self._begun,
+            "tokens": self._before["tokens"] + self.window.tokens_seen,
+        }
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """The Trainer's own; `True` takes the newest checkpoint whose every byte is as written.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or none is whole.
+        """
+        if resume_from_checkpoint is True:
+            found = latest(str(self.args.output_dir), lambda fault: print(f"warning: {fault}"))
+            if found is None:
+                where = str(self.args.output_dir)
+                raise CheckpointError(where, "no whole checkpoint", "one to resume from", "Start without resuming.")
+            resume_from_checkpoint = str(found)
+        self._begun = time.perf_counter()
+        if isinstance(resume_from_checkpoint, str):
+            durable.verify_folder(resume_from_checkpoint)
+            self._logged_at = step_of(Path(resume_from_checkpoint))
+            if 0 < self.args.max_steps <= self._logged_at:
+                return self._take_up_the_end(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _take_up_the_end(self, checkpoint: Path) -> TrainOutput:
+        """A checkpoint of the last step needs no training, only its weights and its record."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        _, self._before = read_state(checkpoint)
+        self._begun = time.perf_counter()
+        return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """accelerate wraps the forward of a model in autocast, but not where it shards it."""
+        return self.accelerator.autocast() if self.sharded else super().autocast_smart_context_manager(cache_enabled)
 
     def compute_loss(
         self,
@@ -86,21 +144,21 @@ class Tuner(Trainer):
         """The Trainer's own, with the named terms kept for the log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if outputs["loss"].requires_grad:
-            if not torch.isfinite(loss):
-                raise ProofError(
-                    f"step {self.state.global_step + 1}",
-                    f"a loss of {loss.item()}",
-                    "a finite loss",
-                    "Lower the learning rate, or look at the rows of this step; the optimiser has not moved.",
-                )
             self.window.add(outputs)
         return (loss, {"loss": outputs["loss"]}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.guard.keep(inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.saw(loss)
         for method, config in self.parts:
             method.after_forward(self.crafted, config)
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's own, seen by the guard: after this the gradient is clipped and a NaN has spread everywhere."""
+        self.guard.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.guard.norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add terms, losses by domain, speed and health to the Trainer's line, flat, so that every tracker gets them."""
@@ -119,6 +177,45 @@ class Tuner(Trainer):
         if self.args.should_save:
             save(self.crafted, Path(output_dir or self.args.output_dir or ".") / MODEL_FOLDER)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """One folder with everything that a resume needs: whole and in its place, or not there."""
+        if self.args.should_save:
+            root = Path(str(self.args.output_dir))
+            parts = {name: part.state_dict() for name, part in self._stateful().items()}
+            needed = state_bytes(parts["optimizer"]) + sum(
+                p.nbytes for p in self.crafted.parameters() if p.requires_grad
+            )
+            with durable.durable_folder(folder_of(root, self.state.global_step), replace=True, needed=needed) as folder:
+                save(self.crafted, folder / MODEL_FOLDER)
+                write_state(folder, parts, names=self._names(), facts=self.spent)
+                self.state.save_to_json(str(folder / TRAINER_STATE))
+            prune(root, self.args.save_total_limit)
+        ranks.wait()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Strictly, into the crafted model that is already built."""
         fill_delta(self.crafted, Path(resume_from_checkpoint) / MODEL_FOLDER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """From safetensors and JSON; the parameters' names must be the same, in the same order."""
+        if checkpoint is None:
+            return
+        parts, self._before = read_state(Path(checkpoint), names=self._names())
+        for name, part in self._stateful().items():
+            if name in parts:
+                part.load_state_dict(parts[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        """What holds a state between steps, by its name in a checkpoint."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        found = {"optimizer": self.optimizer, "schedule": self.lr_scheduler, "scaler": scaler}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def _names(self) -> list[str]:
+        return parameter_names(self.crafted, self.optimizer)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Read with the optimiser."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to read: every step starts its generators itself (`Streams`)."""

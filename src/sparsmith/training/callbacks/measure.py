@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from transformers import TrainerCallback
+
+from sparsmith.errors import Interrupted
 
 Measure = Callable[[], dict[str, Any]]
 
@@ -21,4 +24,5 @@ class Evaluation(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every == 0:
-            self._write({"step": state.global_step, **self._measure()})
+            with suppress(Interrupted):  # the stop callback hears of it right after
+                self._write({"step": state.global_step, **self._measure()})

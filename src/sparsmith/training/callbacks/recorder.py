@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from sparsmith import durable
+
 _GROUPS = {"term/": "terms", "domain/": "domain_loss", "health/": "health"}
 
 
@@ -27,8 +29,22 @@ class Recorder(TrainerCallback):
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        durable.append_line(self._path, json.dumps(line))
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run takes again."""
+        if self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= step]
+            durable.write_text(self._path, "".join(f"{line}\n" for line in kept))
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line that a crash has cut counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _grouped(step: int, logs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""FSDP2 through accelerate: which parts of a crafted model are gathered together.
+
+Every block is a unit, the embeddings are one, final norm and head are one; the objective around them is the root. The launch asks for it
+(`accelerate launch --use_fsdp --fsdp_version 2`, or ACCELERATE_USE_FSDP=true FSDP_VERSION=2 under torchrun); the recipe stays the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sparsmith import anatomy, ranks
+from sparsmith.errors import EnvironmentFault
+
+
+def set_up(accelerator: Any, model: nn.Module) -> bool:
+    """Tell accelerate's plugin the units; returns whether the model will be sharded.
+
+    Two of the plugin's choices are taken back. Its mixed precision would cast every parameter for the forward, the float32 router too:
+    autocast is used as without sharding. Its loading by rank 0 alone would leave the others with an empty base to craft.
+
+    Raises:
+        EnvironmentFault: FSDP 1 was asked for, which cannot hold trained and frozen tensors of different types in one unit.
+    """
+    if ranks.sharded() and not ranks.on_cuda():
+        _on_cpu(accelerator.state)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return False
+    if plugin.fsdp_version != 2:
+        raise EnvironmentFault(
+            "FSDP_VERSION",
+            str(plugin.fsdp_version),
+            "2",
+            "Launch with --fsdp_version 2, or set FSDP_VERSION=2.",
+        )
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in anatomy.blocks(model)})
+    plugin.mixed_precision_policy = None
+    plugin.cpu_ram_efficient_loading = False
+    return True
+
+
+def _on_cpu(state: Any) -> None:
+    """accelerate (1.15) turns FSDP on for processes on accelerators only; of what it does then, nothing needs one."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()

@@ -1,0 +1,22 @@
+"""What the children of `forks` find loaded."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+
+import sparsmith.app.tuning
+import sparsmith.cli
+import sparsmith.crafting.apply
+import sparsmith.crafting.base_model
+import sparsmith.crafting.checkpoint
+import sparsmith.crafting.plan
+import sparsmith.data
+import sparsmith.evaluating
+import sparsmith.reporting
+import sparsmith.training
+import sparsmith.training.arguments
+
+LOADED = (torch, transformers, sparsmith)
