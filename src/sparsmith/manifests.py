@@ -45,6 +45,7 @@ def read_manifest(path: str | Path) -> dict[str, FileEntry]:
         )
     raw = file.read_bytes()
     data = parse_json(raw, str(file))
+    refuse_newer(str(file), data.get("format") if isinstance(data, dict) else None, MANIFEST_FORMAT)
     try:
         files = {
             safe_name(name, str(file)): FileEntry(row["sha256"], row["size"]) for name, row in data["files"].items()
@@ -55,6 +56,21 @@ def read_manifest(path: str | Path) -> dict[str, FileEntry]:
     if not whole:
         raise _damaged(file, "a manifest that does not match its own sha256")
     return files
+
+
+def refuse_newer(where: str, version: Any, known: int) -> None:
+    """Refuse a format that a later sparsmith wrote, before anything else of the file is believed.
+
+    Raises:
+        CheckpointError: says which version was found, which are read, and what to do.
+    """
+    if isinstance(version, int) and version > known:
+        raise CheckpointError(
+            where,
+            f"format {version}",
+            f"format {known}, which this sparsmith reads",
+            "Use a newer sparsmith: pip install -U sparsmith. Where none wrote it, the file is damaged.",
+        )
 
 
 def verify_folder(path: str | Path) -> dict[str, FileEntry]:

@@ -13,6 +13,7 @@ from sparsmith import durable
 from sparsmith.crafting.record import BaseRecord, CraftRecord
 from sparsmith.crafting.tensors import TensorRow
 from sparsmith.errors import CheckpointError, CheckpointMismatch
+from sparsmith.manifests import refuse_newer
 from sparsmith.methods import registry
 from sparsmith.methods.base import MethodConfig
 from sparsmith.recipe.strict import StrictModel
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FILE = "sparsmith.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 # of a model's config: what does not change its function, or differs between library versions
 _VOLATILE = frozenset(
     {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
@@ -49,7 +50,7 @@ class BaseIdentity(StrictModel):
 class Identity(StrictModel):
     """All of `sparsmith.json`."""
 
-    format_version: int
+    format_version: Literal[1]
     kind: Literal["delta", "full"]
     sparsmith: str
     seed: int
@@ -183,10 +184,7 @@ def read_identity(folder: Path) -> Identity:
         )
     data = durable.read_json(file)
     format_version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(format_version, int) and format_version > FORMAT_VERSION:
-        raise CheckpointError(
-            str(file), f"format {format_version}", f"format {FORMAT_VERSION} or older", "Use a newer sparsmith."
-        )
+    refuse_newer(str(file), format_version, FORMAT_VERSION)
     try:
         return Identity.model_validate(data)
     except ValidationError as fault:

@@ -115,7 +115,7 @@ def compare_tables(
 
 
 def compare_folder(folder: Path, where: str, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
-    """`compare_tables` of what the weight files hold and what `where` says of them; the refusal names both, as either may be the wrong one."""
+    """`compare_tables` of what the weight files hold and what `where` says of them; a refusal names both: either may be wrong."""
     files = [file.name for file in sorted(folder.glob("*.safetensors"))]
     shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if files[3:] else "")
     compare_tables(f"{where} against {shown}", file_rows(folder), expected)
