@@ -61,7 +61,7 @@ def start() -> None:
     import torch
     from torch import distributed
 
-    # `accelerate launch --use_fsdp` sets it: transformers would then give every rank but the first an empty base, and nothing could be crafted
+    # set by `accelerate launch --use_fsdp`: transformers would give every rank but the first an empty base, and crafting needs a whole one
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     cuda = on_cuda()
     if cuda:
