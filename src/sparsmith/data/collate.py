@@ -58,11 +58,20 @@ class Collator:
         """The collator of a recipe. `config`: the model's, whose family decides how packed rows are kept apart."""
         return cls(pad_id_of(tokenizer), settings.packing, settings.max_length, attention_for(config))
 
+    def _layout(self, lengths: Sequence[int]) -> tuple[list[list[int]], int]:
+        """The rows of each sequence, and the tokens of the widest, filled up to the next multiple."""
+        bins = pack(lengths, self.max_length) if self.packing else [[index] for index in range(len(lengths))]
+        width = max(sum(lengths[index] for index in one) for one in bins)
+        return bins, -(-width // PAD_TO) * PAD_TO
+
+    def shape_of(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """(B, S) of a batch of rows of these lengths."""
+        bins, width = self._layout(lengths)
+        return len(bins), width
+
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
-        bins = pack(lengths, self.max_length) if self.packing else [[index] for index in range(len(rows))]
-        width = max(sum(lengths[index] for index in one) for one in bins)
-        width = -(-width // PAD_TO) * PAD_TO
+        bins, width = self._layout(lengths)
         shape = (len(bins), width)
         batch = {
             "input_ids": torch.full(shape, self.pad_id),

@@ -52,6 +52,13 @@ class TrainRows(torch.utils.data.Dataset):
         """The sample id at a place of the stream, without its tokens."""
         return int(self.starts[self.source[index]] + self.row_of[index])
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and trained tokens of each row of the stream, (rows,) int64 both."""
+        per_row = [one.sizes() for one in self.sets]
+        tokens, trained = (np.concatenate([pair[side] for pair in per_row]) for side in (0, 1))
+        index = self.starts[self.source] + self.row_of
+        return tokens[index], trained[index]
+
     def place(self, sample_id: int) -> str:
         """`file:line` of a row."""
         number = int(np.searchsorted(self.starts, sample_id, side="right")) - 1

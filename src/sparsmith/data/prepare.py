@@ -61,6 +61,17 @@ class TokenSet:
         raw = self.kept[index]
         return f"{self.files[self.file_index[raw]]}:{self.lines[raw]}"
 
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and trained tokens of each kept row, cut to `max_length`."""
+        tokens, trained = self._all_sizes(self.max_length)
+        return tokens[self.kept], trained[self.kept]
+
+    def _all_sizes(self, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `sizes`, of rows that are not kept too."""
+        running = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        stops = np.minimum(self.offsets[1:], self.offsets[:-1] + max_length)
+        return stops - self.offsets[:-1], running[stops] - running[self.offsets[:-1]]
+
     def fit(self, max_length: int, over_long: str) -> None:
         """Apply `max_length`, leave out rows without a trained token, and count both."""
         lengths = np.diff(self.offsets)
@@ -74,19 +85,16 @@ class TokenSet:
                 f"at most {max_length}",
                 "Raise data.max_length, or set data.over_long.",
             )
-        running = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        stops = np.minimum(self.offsets[1:], self.offsets[:-1] + max_length)
-        trained = running[stops] - running[self.offsets[:-1]]
+        used, trained = self._all_sizes(max_length)
         kept = np.ones(len(lengths), bool) if over_long == "truncate" else ~long
         masked = kept & (trained == 0)
         self.kept, self.max_length = np.flatnonzero(kept & ~masked), max_length
-        used = np.minimum(lengths, max_length)[self.kept]
         self.counts.update(
             over_long=int(long.sum()) if over_long != "truncate" else 0,
             truncated=int((long & ~masked).sum()) if over_long == "truncate" else 0,
             all_masked=int(masked.sum()),
             kept=len(self.kept),
-            tokens=int(used.sum()),
+            tokens=int(used[self.kept].sum()),
             trained_tokens=int(trained[self.kept].sum()),
         )
 

@@ -188,6 +188,9 @@ class TrainSettings(StrictModel):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Autocast type; `auto` = bfloat16 on a CUDA device that has it, else float32."""
     gradient_checkpointing: bool = False
+    dry_step: bool = True
+    """Before step 1, try the longest micro-batch once, so that too little memory is told at once and not hours later. Changes no bit of
+    the run."""
     save_every: PositiveInt | None = None
     """Steps; absent = only at the end."""
     keep: PositiveInt = 2

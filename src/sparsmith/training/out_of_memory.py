@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ def told_in_bytes(where: str, memory: Memory, mend: str, device: torch.device) -
         where: what was being done. memory: the plan's. mend: what would need less. device: whose free bytes are told.
 
     Raises:
-        EnvironmentFault: the block ran out of memory. Raised without its cause, whose frames hold the tensors that filled the memory.
+        EnvironmentFault: the block ran out of memory. The frames that failed are emptied: they hold the tensors that filled it.
     """
     free = free_bytes(device)
     try:
@@ -40,6 +41,7 @@ def told_in_bytes(where: str, memory: Memory, mend: str, device: torch.device) -
         text = str(fault)
         if not isinstance(fault, (MemoryError, torch.OutOfMemoryError)) and not any(sign in text for sign in _SIGNS):
             raise
+        clear_frames(fault.__traceback__)
     found = _ASKED.search(text)
     asked = f"{size(float(found[1]) * _UNITS[found[2]])} more were asked for" if found else "the memory ended"
     planned = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
@@ -50,7 +52,7 @@ def told_in_bytes(where: str, memory: Memory, mend: str, device: torch.device) -
         f"room for {size(sum(planned.values()))} by the plan: "
         + ", ".join(f"{name} {size(count)}" for name, count in planned.items()),
         mend,
-    )
+    ) from None
 
 
 def free_bytes(device: torch.device) -> int:
