@@ -92,6 +92,21 @@ def wait() -> None:
         distributed.all_reduce(torch.zeros(1))
 
 
+def tell(text: str) -> str:
+    """The first rank's text, on every rank."""
+    if world() == 1:
+        return text
+    import torch
+    from torch import distributed
+
+    data = list(text.encode()) if is_first() else []
+    size = torch.tensor(len(data))
+    distributed.broadcast(size, src=0)
+    letters = torch.tensor(data, dtype=torch.uint8) if is_first() else torch.empty(int(size), dtype=torch.uint8)
+    distributed.broadcast(letters, src=0)
+    return bytes(letters.tolist()).decode()
+
+
 @contextmanager
 def first_before_others() -> Iterator[None]:
     """The block runs on rank 0, then on the others: they find what it wrote (a token cache, a folder)."""

@@ -15,11 +15,13 @@ from sparsmith.crafting import delta
 from sparsmith.crafting import full as full_form
 from sparsmith.crafting.apply import craft
 from sparsmith.crafting.base_model import load_base
+from sparsmith.crafting.gathered import gathered
 from sparsmith.crafting.identity import FILE, Identity, base_hash, compare, dense_config, read_identity, weights_folder
 from sparsmith.crafting.plan import plan
 from sparsmith.crafting.record import base_of, record_of
 from sparsmith.crafting.settle import is_settled, settled_copy
 from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError
+from sparsmith.ops.shards import is_sharded
 from sparsmith.recipe.schema import ModelSettings
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def save(
     fold_scale: bool = False,
     replace: bool = False,
 ) -> Path:
-    """Write a checkpoint; the folder is whole or not there.
+    """Write a checkpoint; the folder is whole or not there. Of several processes all must call, and the first writes.
 
     Args:
         model: a crafted model.
@@ -52,8 +54,15 @@ def save(
         replace: put it in the place of an older folder.
     """
     out = Path(out)
-    if not is_writer():
-        return out
+    if full and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise MethodError("save", "a sharded model", "one in one piece", "Save its delta, and load that to export it.")
+    with gathered(model):
+        if is_writer():
+            _write(model, out, full, tokenizer, fold_scale, replace)
+    return out
+
+
+def _write(model: PreTrainedModel, out: Path, full: bool, tokenizer: Any, fold_scale: bool, replace: bool) -> None:
     with durable.durable_folder(out, replace=replace, needed=estimate_bytes(model, full)) as folder:
         if full:
             write_full(model, folder, fold_scale=fold_scale)
@@ -70,7 +79,6 @@ def save(
             delta.write_delta(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return out
 
 
 def write_full(model: PreTrainedModel, folder: Path, *, fold_scale: bool = False) -> None:

@@ -19,6 +19,7 @@ from sparsmith.crafting.identity import Identity, compare, identify, plain, read
 from sparsmith.crafting.lora import ADAPTER, lora_parameters
 from sparsmith.crafting.record import record_of
 from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError
+from sparsmith.ops.shards import is_sharded, part, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 WEIGHTS = "sparsmith_delta.safetensors"
 LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _HEADER = "sparsmith"
+_FROZEN = "sparsmith_frozen_hash"
 _PEFT_PREFIX = "base_model.model."
 # of adapter_config.json: what differs between library versions or machines without changing the function
 _VOLATILE_LORA = frozenset(("peft_version", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping"))
@@ -118,10 +120,21 @@ def lora_settings(model: nn.Module) -> dict[str, Any]:
 
 
 def frozen_hash(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """sha256 over what the delta leaves out: the base as it lies in the crafted model, quantised where it is."""
+    """sha256 over what the delta leaves out: the base as it lies in the crafted model, quantised where it is.
+
+    Of a sharded model it is the hash that `remember_frozen` took before.
+    """
+    known = getattr(model, _FROZEN, None)
+    if known is not None and any(is_sharded(parameter) for parameter in model.parameters()):
+        return known
     lora = {name for name, _ in lora_parameters(model)}
     rest = ((name, t) for name, t in model.state_dict().items() if name not in lora and name not in state)
     return strict.content_hash((name, tensor) for name, tensor in rest if isinstance(tensor, Tensor))
+
+
+def remember_frozen(model: nn.Module) -> None:
+    """Keep the hash of what stays frozen, before sharding: later no rank holds those tensors whole."""
+    object.__setattr__(model, _FROZEN, frozen_hash(model, method_state(model)))
 
 
 def role_of(model: nn.Module) -> dict[str, str]:
@@ -147,7 +160,9 @@ def _check_lora_settings(model: nn.Module, folder: Path, wanted: bool) -> None:
 def _check_landed(model: nn.Module, found: dict[str, Tensor]) -> None:
     """A method whose `state` hands out copies would load into nowhere: seen here."""
     for name, tensor in method_state(model).items():
-        if not tensor.detach().to("cpu").equal(found[name]):
+        start, stop = rows_of(tensor)
+        wanted = found[name][start:stop] if is_sharded(tensor) else found[name]
+        if not part(tensor.detach()).to("cpu").equal(wanted):
             raise MethodError(
                 name,
                 "a tensor that did not take the loaded values",

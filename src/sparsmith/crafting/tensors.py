@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsmith import durable
 from sparsmith.errors import CheckpointError, CheckpointMismatch, nearest
+from sparsmith.ops.shards import is_sharded, rows_of, take
 from sparsmith.recipe.strict import StrictModel
 
 _SAMPLE = 1 << 20  # bytes of each tensor that `content_hash` reads
@@ -94,6 +95,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise _broken(file, fault) from fault
 
 
+def read_rows_of(file: Path, name: str, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of the first dimension of one tensor; a scalar as it is."""
+    try:
+        with safe_open(file, "pt") as opened:
+            piece = opened.get_slice(name)
+            return piece[start:stop] if piece.get_shape() else opened.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as fault:
+        raise _broken(file, fault) from fault
+
+
 def compare_tables(
     where: str, found: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> None:
@@ -144,10 +155,11 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...],
 
 @torch.no_grad()
 def fill(where: str, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into `targets` of the same names, after holding one table against the other."""
+    """Copy whole `tensors` into `targets` of the same names, after holding one table against the other."""
     compare_tables(where, shapes_of(tensors), shapes_of(targets))
     for name, target in targets.items():
-        target.copy_(tensors[name])
+        start, stop = rows_of(target)
+        take(target, tensors[name][start:stop] if is_sharded(target) else tensors[name])
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sparsmith import anatomy, ranks
+from sparsmith.crafting.delta import remember_frozen
 from sparsmith.errors import EnvironmentFault
 
 
@@ -41,6 +42,8 @@ def set_up(accelerator: Any, model: nn.Module) -> bool:
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in anatomy.blocks(model)})
     plugin.mixed_precision_policy = None
     plugin.cpu_ram_efficient_loading = False
+    if ranks.is_first():
+        remember_frozen(model)
     return True
 
 

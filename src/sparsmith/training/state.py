@@ -6,12 +6,13 @@ the tree, the rest to `tuner.json` with a mark where a tensor was taken out. JSO
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from sparsmith import durable
+from sparsmith import durable, ranks
 from sparsmith.crafting import tensors as strict
 from sparsmith.errors import CheckpointError, CheckpointMismatch, ProofError
 
@@ -33,15 +34,23 @@ def write_state(folder: Path, parts: dict[str, Any], *, names: list[str], facts:
     Raises:
         CheckpointError: a state holds NaN or infinity.
     """
+    strict.write_tensors(folder / TENSORS, write_tree(folder, parts, names=names, facts=facts), {})
+
+
+def write_tree(folder: Path, parts: dict[str, Any], *, names: list[str], facts: dict[str, Any]) -> dict[str, Tensor]:
+    """`write_state` without the tensors, which are returned under the names that the tree has for them."""
     tensors: dict[str, Tensor] = {}
     tree = {name: _packed(state, name, tensors) for name, state in parts.items()}
-    strict.write_tensors(folder / TENSORS, tensors, {})
     text = durable.json_text({"format": FORMAT, "names": names, "facts": facts, "state": tree})
-    (folder / TREE).write_text(text, encoding="utf-8")
+    if ranks.is_first():
+        (folder / TREE).write_text(text, encoding="utf-8")
+    return tensors
 
 
-def read_state(folder: Path, *, names: list[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parts, facts) as they were written; `names` are those of the parameters that are trained here.
+def read_state(
+    folder: Path, *, names: list[str] | None = None, read: Callable[[Path], dict[str, Tensor]] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parts, facts) as they were written; `names` are those of the parameters that are trained here, `read` gives the folder's tensors.
 
     Raises:
         CheckpointError: a damaged or foreign file.
@@ -66,7 +75,7 @@ def read_state(folder: Path, *, names: list[str] | None = None) -> tuple[dict[st
             f"the {len(names)} that are trained here",
             "Resume with the recipe that wrote the checkpoint.",
         )
-    tensors = strict.read_tensors(durable.inside(folder, TENSORS))
+    tensors = strict.read_tensors(durable.inside(folder, TENSORS)) if read is None else read(folder)
     taken: set[str] = set()
     try:
         parts = {name: _unpacked(tree, tensors, taken) for name, tree in data["state"].items()}

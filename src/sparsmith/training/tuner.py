@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers.trainer_utils import TrainOutput
 from sparsmith import durable, ranks
 from sparsmith.crafting.checkpoint import save
 from sparsmith.crafting.delta import fill_delta
+from sparsmith.crafting.gathered import reshard
 from sparsmith.crafting.record import record_of
 from sparsmith.errors import CheckpointError
-from sparsmith.training import sharding
+from sparsmith.training import sharding, shards
 from sparsmith.training.callbacks.guard import Guard
 from sparsmith.training.callbacks.health import Health
 from sparsmith.training.callbacks.proof import RolesMove
@@ -25,7 +27,7 @@ from sparsmith.training.callbacks.saving import Saving
 from sparsmith.training.callbacks.streams import Streams
 from sparsmith.training.objective import Objective
 from sparsmith.training.saves import folder_of, latest, prune, step_of
-from sparsmith.training.state import parameter_names, read_state, state_bytes, write_state
+from sparsmith.training.state import parameter_names, read_state, state_bytes, write_state, write_tree
 from sparsmith.training.window import Window
 
 MODEL_FOLDER, TRAINER_STATE = "model", "trainer_state.json"
@@ -126,7 +128,7 @@ class Tuner(Trainer):
         """A checkpoint of the last step needs no training, only its weights and its record."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        _, self._before = read_state(checkpoint)
+        self._read_state(checkpoint, None)
         self._begun = time.perf_counter()
         return TrainOutput(self.state.global_step, float("nan"), {})
 
@@ -179,28 +181,53 @@ class Tuner(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """One folder with everything that a resume needs: whole and in its place, or not there."""
-        if self.args.should_save:
-            root = Path(str(self.args.output_dir))
-            parts = {name: part.state_dict() for name, part in self._stateful().items()}
-            needed = state_bytes(parts["optimizer"]) + sum(
-                p.nbytes for p in self.crafted.parameters() if p.requires_grad
-            )
-            with durable.durable_folder(folder_of(root, self.state.global_step), replace=True, needed=needed) as folder:
+        reshard(self.crafted)
+        root = Path(str(self.args.output_dir))
+        parts = {name: part.state_dict() for name, part in self._stateful().items()}
+        needed = state_bytes(parts["optimizer"]) + sum(p.nbytes for p in self.crafted.parameters() if p.requires_grad)
+        with self._new_folder(folder_of(root, self.state.global_step), needed) as folder:
+            if self.sharded:
+                tensors = write_tree(folder, parts, names=self._names(), facts=self.spent)
+                shards.write_checkpoint(folder, self.crafted, tensors)
+            elif self.args.should_save:
                 save(self.crafted, folder / MODEL_FOLDER)
                 write_state(folder, parts, names=self._names(), facts=self.spent)
+            if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE))
+        if self.args.should_save:
             prune(root, self.args.save_total_limit)
         ranks.wait()
 
+    @contextmanager
+    def _new_folder(self, target: Path, needed: int) -> Iterator[Path]:
+        """The first rank's durable folder, in which the others may write too."""
+        if self.args.should_save:
+            with durable.durable_folder(target, replace=True, needed=needed) as folder:
+                ranks.tell(str(folder))
+                yield folder
+                ranks.wait()
+        else:
+            yield Path(ranks.tell(""))
+            ranks.wait()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Strictly, into the crafted model that is already built."""
-        fill_delta(self.crafted, Path(resume_from_checkpoint) / MODEL_FOLDER)
+        """Strictly, into the crafted model that is already built; each rank takes what it holds."""
+        checkpoint = Path(resume_from_checkpoint)
+        if shards.is_sharded_checkpoint(checkpoint):
+            shards.fill_model(self.crafted, checkpoint)
+        else:
+            fill_delta(self.crafted, checkpoint / MODEL_FOLDER)
+
+    def _read_state(self, checkpoint: Path, names: list[str] | None) -> dict[str, Any]:
+        moved = [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
+        parts, self._before = read_state(checkpoint, names=names, read=shards.optimizer_reader(moved))
+        return parts
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """From safetensors and JSON; the parameters' names must be the same, in the same order."""
         if checkpoint is None:
             return
-        parts, self._before = read_state(Path(checkpoint), names=self._names())
+        parts = self._read_state(Path(checkpoint), self._names())
         for name, part in self._stateful().items():
             if name in parts:
                 part.load_state_dict(parts[name])
