@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.kit.tally import Tally
-from tests.kit.trials import bad_recipes, bad_rows, damage, hostile_names, no_code, strict_loading
+from tests.kit.trials import bad_recipes, bad_rows, damage, fuzz, golden, hostile_names, no_code, strict_loading
 
 
 @dataclass(frozen=True)
@@ -67,5 +67,19 @@ def rows() -> list[Row]:
             "all refused",
             "`../` in a weight index is followed",
             hostile_names.run,
+        ),
+        Row(
+            19,
+            "Old work opens: golden folders of every format version, and versions of the future",
+            "opens with equal logits, or a message with what to do",
+            "not measured",
+            golden.run,
+        ),
+        Row(
+            20,
+            "Fuzz finds no traceback: 10,000 spoilt manifests, headers, configs, tokenizers, rows, recipes, command lines",
+            "0 tracebacks, 0 hangs over 5 s, none opens as another function",
+            "14/300 header flips load wrong names",
+            fuzz.run,
         ),
     ]

@@ -129,16 +129,33 @@ def _fix_trained_set(model: nn.Module) -> None:
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put every module, tensor slot and `requires_grad` flag back when crafting fails half-way."""
-    modules = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    """Put a model back when crafting fails half-way: modules, tensor slots, hooks, attributes, `requires_grad` flags and settings."""
+    holders: list[Any] = list(model.modules())
+    settings = [vars(model)[name] for name in ("config", "generation_config") if vars(model).get(name) is not None]
+    # crafting nests and reads the settings' values and may write into them; modules and tensors are put back as objects
+    before = [(one, _shallow(vars(one))) for one in holders] + [(one, copy.deepcopy(vars(one))) for one in settings]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
-        for module, children, parameters, buffers in modules:
-            module._modules = children
-            module._parameters = parameters
-            module._buffers = buffers
+        for one, attributes in before:
+            _put_back(vars(one), attributes)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes, with the contents of those that are dictionaries (children, tensors, hooks)."""
+    return {name: (value, dict(value)) if isinstance(value, dict) else value for name, value in attributes.items()}
+
+
+def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    """Fill the same dictionaries again: a hook's handle holds on to the one that it was put into."""
+    attributes.clear()
+    for name, value in before.items():
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], dict):
+            value, content = value
+            value.clear()
+            value.update(content)
+        attributes[name] = value

@@ -7,13 +7,14 @@ file holds against what the architecture asks for is compared after the load, be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsmith import durable
+from sparsmith import anatomy, durable
 from sparsmith.crafting import tensors as strict
-from sparsmith.errors import CheckpointError, CheckpointMismatch, nearest
+from sparsmith.errors import CheckpointError, CheckpointMismatch, UnsupportedAnatomy, nearest
 
 WEIGHTS, INDEX, CONFIG, ADAPTER = (
     "model.safetensors",
@@ -92,6 +93,22 @@ def check_config(where: str, config: Any) -> None:
             raise CheckpointError(f"{where}: {key}", f"{value!r}", f"weights in {WEIGHTS}", f"Remove `{key}`.")
         if isinstance(value, dict):
             check_config(f"{where}: {key}", value)
+
+
+def refuse_other_size(where: str, config: Any, rows: Rows) -> None:
+    """A config that describes a far larger model than the files hold would fill the memory before any tensor is missed."""
+    try:
+        total = anatomy.shape_of(config).total_params
+    except UnsupportedAnatomy:  # a family that a plug-in knows
+        return
+    held = sum(math.prod(shape) for shape, _ in rows.values())
+    if not 0 < total <= 2 * held:  # a tied head is stored once
+        raise CheckpointMismatch(
+            where,
+            f"a model of {total:,} parameters",
+            f"{held:,}, as the files hold",
+            "One of the two was edited or is of another model; restore the file.",
+        )
 
 
 def refuse_recast(where: str, rows: Rows, floats: set[str]) -> None:

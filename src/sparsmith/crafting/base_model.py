@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsmith.crafting.base_files import check_base_folder, check_config, refuse_recast
+from sparsmith.crafting.base_files import check_base_folder, check_config, refuse_other_size, refuse_recast
 from sparsmith.crafting.record import BaseRecord, attach_base
 from sparsmith.errors import (
     CheckpointError,
@@ -77,6 +77,8 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
         check_config(
             f"model.path {settings.path}", {**config.to_dict(), "attn_implementation": config._attn_implementation}
         )
+        if rows and getattr(config, "quantization_config", None) is None:  # quantised tensors are packed
+            refuse_other_size(f"{path}/config.json", config, rows)
         options["dtype"] = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
         if settings.attention != "auto":
             options["attn_implementation"] = settings.attention
@@ -119,25 +121,38 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
 
 def load_tokenizer(settings: ModelSettings, base_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer; a padding token is chosen where it has none (eos, which the padding mask keeps apart)."""
-    from transformers import AutoTokenizer
-
     path = resolve_base(settings.path, base_dir)
     refuse_absent(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as fault:
-        reason = " ".join(str(fault).split())[:300]
-        raise CheckpointError(
-            f"model.path {settings.path}", reason, "a tokenizer beside the weights", "Add tokenizer.json to the folder."
-        ) from fault
+    tokenizer = open_tokenizer(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"model.path {settings.path}", "a tokenizer without eos", "an end-of-sequence token", "Set eos_token."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def open_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, tried on a word.
+
+    Raises:
+        CheckpointError: there is none, or its files are spoilt.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer.encode("word")
+    except BaseException as fault:  # a spoilt file makes transformers raise almost anything, and its Rust part a panic
+        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
+            raise
+        raise CheckpointError(
+            f"tokenizer of {path}",
+            " ".join(str(fault).split())[:300] or type(fault).__name__,
+            "a tokenizer beside the weights",
+            "Add tokenizer.json and tokenizer_config.json to the folder, as they were published.",
+        ) from fault
     return tokenizer
 
 

@@ -8,7 +8,6 @@ needs torch and transformers.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from sparsmith import anatomy, auto, durable
+from sparsmith import auto, durable
 from sparsmith.crafting import tensors as strict
-from sparsmith.crafting.base_files import check_config
+from sparsmith.crafting.base_files import check_config, refuse_other_size
 from sparsmith.crafting.base_model import open_strictly, refuse_partial
 from sparsmith.crafting.delta import method_state, role_of
 from sparsmith.crafting.identity import Identity, compare, identify, our_version, write_identity
 from sparsmith.crafting.record import CraftRecord, attach, record_of
 from sparsmith.crafting.settle import mark_settled
 from sparsmith.crafting.standalone import inline
-from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError, SparsmithError, UnsupportedAnatomy
+from sparsmith.errors import CheckpointError, MethodError, SparsmithError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,22 +173,10 @@ def _open(folder: Path, identity: Identity) -> PreTrainedModel:
 
 
 def _check_size(folder: Path, config: dict[str, Any], known: Any, identity: Identity) -> None:
-    """A config that describes a far larger model than the files hold would fill the memory before any tensor is missed."""
     from transformers import AutoConfig
 
     read = known.config_class.from_dict(config) if known else AutoConfig.for_model(**config)
-    try:
-        shape = anatomy.shape_of(getattr(read, "base_config", None) or read)
-    except UnsupportedAnatomy:  # a family that a plug-in knows
-        return
-    held = sum(math.prod(row.shape) for row in identity.tensors.values())
-    if not 0 < shape.total_params <= 2 * held:  # a tied head is stored once
-        raise CheckpointMismatch(
-            str(folder / CONFIG),
-            f"a model of {shape.total_params:,} parameters",
-            f"{held:,}, as the files hold",
-            _EDITED,
-        )
+    refuse_other_size(str(folder / CONFIG), getattr(read, "base_config", None) or read, identity.rows())
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

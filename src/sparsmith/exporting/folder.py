@@ -15,11 +15,11 @@ import torch
 
 from sparsmith import durable
 from sparsmith.crafting import full
+from sparsmith.crafting.base_model import open_tokenizer
 from sparsmith.crafting.checkpoint import estimate_bytes, find_checkpoint, load
 from sparsmith.crafting.identity import FILE
 from sparsmith.crafting.record import record_of
 from sparsmith.crafting.settle import Drift, drift, is_settled, settle_report, settled_copy
-from sparsmith.errors import EnvironmentFault
 from sparsmith.exporting.model_card import count_parameters, model_card
 from sparsmith.exporting.prove import prove
 from sparsmith.exporting.report import ExportReport
@@ -93,11 +93,4 @@ def _refuse_traps(folder: Path) -> None:
 def _tokenizer_beside(folder: Path) -> PreTrainedTokenizerBase | None:
     if not (folder / FILE).is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as fault:
-        raise EnvironmentFault(
-            str(folder), f"a tokenizer that does not open ({fault})", "its tokenizer", "Pass `tokenizer=`."
-        ) from fault
+    return open_tokenizer(folder)
