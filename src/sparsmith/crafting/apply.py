@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -145,17 +145,24 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
+class _Filled(NamedTuple):
+    """A dictionary and what it held."""
+
+    dictionary: dict[str, Any]
+    content: dict[str, Any]
+
+
 def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
     """The attributes, with the contents of those that are dictionaries (children, tensors, hooks)."""
-    return {name: (value, dict(value)) if isinstance(value, dict) else value for name, value in attributes.items()}
+    return {name: _Filled(v, dict(v)) if isinstance(v, dict) else v for name, v in attributes.items()}
 
 
 def _put_back(attributes: dict[str, Any], before: dict[str, Any]) -> None:
     """Fill the same dictionaries again: a hook's handle holds on to the one that it was put into."""
     attributes.clear()
     for name, value in before.items():
-        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], dict):
-            value, content = value
-            value.clear()
-            value.update(content)
+        if isinstance(value, _Filled):
+            value.dictionary.clear()
+            value.dictionary.update(value.content)
+            value = value.dictionary
         attributes[name] = value

@@ -1,0 +1,32 @@
+"""Promise 10: crafting leaves the function as it was, bit for bit, on every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+import sparsmith as sm
+from sparsmith.methods.base import MethodConfig
+from tests.kit.cases import cases, largest_difference, logits
+from tests.kit.pico import pico_model
+from tests.kit.tally import Tally
+
+
+def trial(
+    of: Iterable[tuple[str, MethodConfig, str]] | None = None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> Tally:
+    """Logits of five kinds of input before and after, without our own proof to help; the base that was handed in stays as it is."""
+    tally, worst = Tally(), 0.0
+    for what, config, family in of if of is not None else cases():
+        for dtype in dtypes:
+            base = pico_model(family, dtype=dtype)
+            before = logits(base)
+            crafted = sm.craft(base, config, proof=False)
+            after, again = logits(crafted), logits(base)
+            worst = max(worst, largest_difference(before, after))
+            odd = [name for name in before if not torch.equal(before[name], after[name])]
+            odd += [f"the base, {name}" for name in before if not torch.equal(before[name], again[name])]
+            tally.case(not odd and not crafted.training, f"{what}, {dtype}: other logits for {', '.join(odd)}")
+    tally.figures["largest difference"] = worst
+    return tally
