@@ -22,7 +22,7 @@ _HOMES = {
     "import_camelidae": "sparsmith.app.use",
     "demo": "sparsmith.app.demonstration",
     "protocol": "sparsmith.app.comparison",
-    "doctor": "sparsmith.app.facts",
+    "doctor": "sparsmith.app.checkup",
 }
 
 __all__ = sorted(_HOMES)

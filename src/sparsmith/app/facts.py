@@ -39,13 +39,6 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def doctor() -> dict[str, Any]:
-    """The machine and the versions, in one flat table."""
-    from sparsmith import __version__
-
-    return {"sparsmith": __version__, **versions(), **machine()}
-
-
 def command() -> str:
     """The command line, without the folder of the program."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -7,7 +7,7 @@ from sparsmith.cli.screen import SCREEN
 
 
 def doctor(json: Json = False, debug: Debug = False) -> None:
-    """The machine and the versions that matter."""
+    """The machine, what is free on it, and what is missing."""
     from sparsmith import app
 
     SCREEN.show(app.doctor())

@@ -62,7 +62,6 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
         EnvironmentFault: `quant: nf4` without bitsandbytes.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     if settings.task != "causal_lm":
         raise MethodError(
@@ -70,42 +69,14 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
         )
     path = resolve_base(settings.path, base_dir)
     refuse_absent(path)
-    rows = check_base_folder(Path(path)) if Path(path).is_dir() else {}
-    options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
-        check_config(
-            f"model.path {settings.path}", {**config.to_dict(), "attn_implementation": config._attn_implementation}
-        )
-        if rows and getattr(config, "quantization_config", None) is None:  # quantised tensors are packed
-            refuse_other_size(f"{path}/config.json", config, rows)
-        options["dtype"] = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        if settings.attention != "auto":
-            options["attn_implementation"] = settings.attention
-        if settings.quant == "nf4":
-            options["quantization_config"] = _nf4()
-        model, info = open_strictly(AutoModelForCausalLM, path, config=config, use_safetensors=True, **options)
-    except SparsmithError:
-        raise
-    except Exception as fault:  # a broken folder makes transformers raise almost anything
-        reason = " ".join(str(fault).split())[:300]
-        raise CheckpointError(
-            f"model.path {settings.path}",
-            reason,
-            "a folder or hub id of a Hugging Face causal language model",
-            "Check the path; a folder needs config.json and safetensors weights.",
-        ) from fault
-    refuse_partial(path, info)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None and getattr(model, "hf_quantizer", None) is None:
-        raise CheckpointError(
-            f"{path}/config.json: quantization_config",
-            f"{quantised}, which transformers passes over",
-            "a quantisation that it knows",
-            "Remove it where the weights are plain numbers.",
-        )
-    if quantised is None:
-        refuse_recast(path, rows, {name for name, t in model.state_dict().items() if t.is_floating_point()})
+    options: dict[str, Any] = {"dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)}
+    if settings.attention != "auto":
+        options["attn_implementation"] = settings.attention
+    if settings.quant == "nf4":
+        options["quantization_config"] = _nf4()
+    model = open_base(
+        path, revision=settings.revision, trust_remote_code=settings.trust_remote_code, shown=settings.path, **options
+    )
     attach_base(
         model,
         BaseRecord(
@@ -117,6 +88,53 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
         ),
     )
     return model.eval()
+
+
+def open_base(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, shown: str = "", **options: Any
+) -> PreTrainedModel:
+    """A causal language model whose files hold exactly what its architecture asks for.
+
+    Args:
+        path: a folder or hub id. shown: how the user wrote it. options: for transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError, CheckpointMismatch: as `load_base`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shown, folder = f"model.path {shown or path}", Path(path)
+    rows = check_base_folder(folder) if folder.is_dir() else {}
+    remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **remote)
+        check_config(shown, {**config.to_dict(), "attn_implementation": config._attn_implementation})
+        quantised = getattr(config, "quantization_config", None)
+        if rows and quantised is None:  # quantised tensors are packed
+            refuse_other_size(f"{path}/config.json", config, rows)
+        model, info = open_strictly(
+            AutoModelForCausalLM, path, config=config, use_safetensors=True, **remote, **options
+        )
+    except SparsmithError:
+        raise
+    except Exception as fault:  # a broken folder makes transformers raise almost anything
+        raise CheckpointError(
+            shown,
+            " ".join(str(fault).split())[:300],
+            "a folder or hub id of a Hugging Face causal language model",
+            "Check the path; a folder needs config.json and safetensors weights.",
+        ) from fault
+    refuse_partial(path, info)
+    if quantised is not None and getattr(model, "hf_quantizer", None) is None:
+        raise CheckpointError(
+            f"{path}/config.json: quantization_config",
+            f"{quantised}, which transformers passes over",
+            "a quantisation that it knows",
+            "Remove it where the weights are plain numbers.",
+        )
+    if getattr(config, "quantization_config", None) is None:
+        refuse_recast(str(path), rows, {name for name, t in model.state_dict().items() if t.is_floating_point()})
+    return model
 
 
 def load_tokenizer(settings: ModelSettings, base_dir: Path | None = None) -> PreTrainedTokenizerBase:

@@ -1,5 +1,7 @@
-"""`sparsmith verify`: every hash, shape and number of a delta checkpoint, a full checkpoint, an export or a run. Loads
-no model."""
+"""`sparsmith verify`: every hash, shape and number of a delta checkpoint, a full checkpoint, an export, a run or a base.
+
+Loads no weights, but reads each once. A base has no hashes: it is held against its own config, and its numbers must be finite.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from sparsmith import durable
-from sparsmith.crafting import delta, full
+from sparsmith.crafting import base_files, delta, full
 from sparsmith.crafting import tensors as strict
+from sparsmith.crafting.base_model import open_base
 from sparsmith.crafting.identity import FILE, Identity, read_identity
 from sparsmith.errors import CheckpointError
+from sparsmith.methods import registry
+from sparsmith.recipe import load_recipe
 from sparsmith.runs import is_run
+
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class FolderReport:
 
     path: str
     kind: str
-    """`delta`, `full`, or `files` for a sealed folder that is no checkpoint of itself."""
+    """`delta`, `full`, `base`; `run` for the figures of a run; `files` for a sealed folder that is no checkpoint of itself."""
     files: int
     bytes: int
     tensors: int
@@ -44,33 +51,75 @@ class VerifyReport:
             for row in self.folders
         )
 
+    def __rich__(self) -> str:
+        from rich.markup import escape
+
+        return escape(str(self))
+
 
 def verify(path: str | Path) -> VerifyReport:
-    """Check a folder, and every sealed folder of a run.
+    """Check a folder; of a run also every sealed folder inside.
 
     Raises:
         CheckpointError: names the file that differs, or the first number that is not finite.
+        RecipeErrors: the recipe of a run was edited into one that is none.
         CheckpointMismatch: names the setting or tensor that contradicts `sparsmith.json`, with both values.
     """
     root = Path(path)
     if not root.is_dir():
-        raise CheckpointError(str(root), "no folder", "a checkpoint, an export or a run", "Check the path.")
-    folders = tuple(_check(folder) for folder in _sealed(root))
-    if not folders:
-        raise CheckpointError(
-            str(root), "no finished checkpoint", "manifest.json here, or in a folder of a run", "Check the path."
-        )
-    return VerifyReport(folders)
+        raise CheckpointError(str(root), "no folder", "a checkpoint, an export, a run or a base", "Check the path.")
+    if durable.has_manifest(root) or (root / FILE).is_file():
+        return VerifyReport((_check(root),))
+    if is_run(root):
+        return VerifyReport((_check_run(root), *(_check(folder) for folder in _sealed(root))))
+    if (root / base_files.CONFIG).is_file():
+        return VerifyReport((_check_base(root),))
+    raise CheckpointError(
+        str(root),
+        "neither manifest.json nor recipe.yaml nor config.json",
+        "a checkpoint, an export, a run or a base",
+        "Check the path.",
+    )
 
 
 def _sealed(root: Path) -> Iterator[Path]:
-    """Folders that carry a manifest: `root` itself, or those of a run (checkpoints, model, export)."""
-    if durable.has_manifest(root) or not is_run(root):
-        yield from [root] if durable.has_manifest(root) or (root / FILE).is_file() else []
-        return
+    """The folders of a run that carry a manifest (checkpoints, model, export)."""
     for manifest in sorted(root.rglob(durable.MANIFEST)):
         if not any(part.startswith(".") for part in manifest.relative_to(root).parts):
             yield manifest.parent
+
+
+def _check_run(root: Path) -> FolderReport:
+    """The recipe of a run and its figures can be read. A last line that a crash has cut off is no fault: a resume drops it."""
+    load_recipe(root / RECIPE, method_configs=registry.config_classes(), check_paths=False)
+    files = [root / RECIPE, *sorted(root.glob("*.json")), *sorted(root.glob("*.jsonl"))]
+    for file in files[1:]:
+        if file.suffix == ".json":
+            durable.read_json(file)
+            continue
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+            durable.parse_json(line, f"{file}:{number}")
+    return FolderReport(str(root), "run", len(files), sum(file.stat().st_size for file in files), 0, 0)
+
+
+def _check_base(folder: Path) -> FolderReport:
+    """Every tensor that config.json asks for is in the files, in its shape, and no other; every number is finite."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    rows = base_files.check_base_folder(folder)
+    files = [file for file, _ in base_files.shards(folder)]
+    for file in files:
+        strict.check_file_finite(file)
+    open_base(folder, device_map="meta", dtype="auto")
+    return FolderReport(
+        path=str(folder),
+        kind="base",
+        files=len(files) + 1,
+        bytes=sum(file.stat().st_size for file in files),
+        tensors=len(rows),
+        parameters=sum(_count(shape) for shape, _ in rows.values()),
+    )
 
 
 def _check(folder: Path) -> FolderReport:

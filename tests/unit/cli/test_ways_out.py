@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +32,7 @@ KINDS = {
     errors.EmptyRole: 8,
     errors.RoleDidNotMove: 8,
     errors.EnvironmentFault: 9,
+    errors.Interrupted: 143,
 }
 
 
@@ -56,11 +60,30 @@ def test_a_fault_is_one_line_and_its_exit_code(kind, code, plan, capsys):
     assert err == "error: rows.jsonl:3: found a b; expected text c. Mend it.\n"
 
 
+def test_every_kind_of_fault_has_its_code_here():
+    """The codes above are frozen: scripts of users stand on them."""
+    kinds = {
+        kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.SparsmithError)
+    }
+    assert kinds - {errors.RecipeErrors} == KINDS.keys()
+    assert all(kind.exit_code == code for kind, code in KINDS.items())
+
+
 def test_exit_codes_are_written_down():
-    table = (Path(__file__).resolve().parents[3] / "docs/exit-codes.md").read_text(encoding="utf-8")
-    rows = {cell for line in table.splitlines() if line.startswith("|") for cell in [line.split("|")[1].strip()]}
-    assert {str(code) for code in KINDS.values()} | {"0", "70", "130", "141"} <= rows
-    assert all(kind.__name__ in table for kind in KINDS if kind is not errors.RecipeError)
+    """docs/exit-codes.md holds each kind under its code, and nothing else."""
+    text = (Path(__file__).resolve().parents[3] / "docs/exit-codes.md").read_text(encoding="utf-8")
+    table = [re.split(r"(?<!\\)\|", line)[1:3] for line in text.splitlines() if re.match(r"\| \d", line)]
+    written = {(kind, int(code)) for code, kinds in table for kind in re.findall(r"`(\w+)`", kinds)}
+    named = {("RecipeErrors" if kind is errors.RecipeError else kind.__name__, code) for kind, code in KINDS.items()}
+    assert written == named | {("Interrupted", 130)}
+    assert {int(code) for code, _ in table} == {0, *KINDS.values(), 70, 130, 141}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_by_a_signal(number, code, plan, capsys):
+    plan(errors.Interrupted("tune", "a signal", "a run to its end", "Nothing is lost.", number))
+    assert main(["plan", "r.yaml", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["exit_code"] == code
 
 
 def test_a_fault_as_json(plan, capsys):
