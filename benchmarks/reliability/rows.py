@@ -7,7 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.kit.tally import Tally
-from tests.kit.trials import bad_recipes, bad_rows, damage, fuzz, golden, hostile_names, no_code, strict_loading
+from tests.kit.trials import (
+    all_or_nothing,
+    bad_recipes,
+    bad_rows,
+    damage,
+    data_order,
+    exports,
+    full_disk,
+    fuzz,
+    golden,
+    guard,
+    hostile_names,
+    kills,
+    neutral,
+    no_code,
+    same_bits,
+    settling,
+    signals,
+    strict_loading,
+    what_trains,
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +47,53 @@ def rows() -> list[Row]:
     """All rows, in order."""
     return [
         Row(
+            1,
+            "Kill-proof: kill -9 at 60 random moments and before 60 writes, then the same command again",
+            "all resume; weights and every step's loss equal the uncut run's, bit for bit",
+            "7 of 24 could not resume at all (the half-written folder was chosen)",
+            lambda folder: kills.whole_trial()[0],
+        ),
+        Row(
+            2,
+            "Only whole checkpoints count: what is listed after each kill, what is left after the next start",
+            "0 partial folders listed, 0 leftovers",
+            "7/24 chosen",
+            lambda folder: kills.whole_trial()[1],
+        ),
+        Row(
             3,
             "Every bit is watched: 1,000 bit flips and 300 truncations over all checkpoint files",
             "1,300 refused, the file named",
             "payload flips load silently, 300/300",
             damage.run,
+        ),
+        Row(
+            4,
+            "A full disk does not ruin a run: room for 0.5, 1.5, 2.5 checkpoints, from the start and filled after a save",
+            "0 partial folders; bytes needed and free are said, before step 1 where foreseeable; resumes after freeing",
+            "partial folder, later resume fails, error silent about space",
+            full_disk.run,
+        ),
+        Row(
+            5,
+            "No NaN is ever saved: NaN and infinity planted in loss, gradient, router and adapter at 50 steps each",
+            "200 stopped before the optimizer moves; step, sample ids and first bad module named; 0 such numbers on disk",
+            "exit 0, loss logged as 0.0, 39/39 tensors NaN",
+            guard.run,
+        ),
+        Row(
+            6,
+            "Same seed, same bits: 5 processes, and 4 kinds of evaluation, logging and saving beside",
+            "one hash",
+            "5/5 plain",
+            same_bits.run,
+        ),
+        Row(
+            7,
+            "Data order survives a resume: 1,000 drawn sizes, batches, epochs, cuts, packings, mixtures",
+            "equal streams of sample ids",
+            "not measured",
+            data_order.run,
         ),
         Row(
             8,
@@ -46,6 +108,41 @@ def rows() -> list[Row]:
             "300 with `file:line: key` of each fault; nothing loaded or written before",
             "not measured",
             bad_recipes.run,
+        ),
+        Row(
+            10,
+            "Craft is neutral: every method on every family, logits before and after, float32 and bfloat16",
+            "bitwise",
+            "not measured",
+            neutral.run,
+        ),
+        Row(
+            11,
+            "Craft is all or nothing: fail at each place of crafting, then look at every tensor, tie, flag, hook and setting",
+            "the model as before, and crafting it again gives the same",
+            "not measured",
+            all_or_nothing.run,
+        ),
+        Row(
+            12,
+            "What trains is what was said: every method on every family tuned for 50 steps",
+            "count = plan; every trained tensor has a gradient within 20 steps; every frozen one keeps its sha256",
+            "silent in most tools",
+            what_trains.run,
+        ),
+        Row(
+            13,
+            "Settle tells the truth: every method on every family, settled against soft, counts against a recount",
+            "logits within 1e-5; counts exact",
+            "not measured",
+            settling.run,
+        ),
+        Row(
+            14,
+            "Exports open elsewhere: a fresh process with plain transformers and no sparsmith",
+            "logits within 1e-5 of ours, the same text, 0 missing and 0 unexpected keys",
+            "not measured",
+            exports.run,
         ),
         Row(
             15,
@@ -67,6 +164,13 @@ def rows() -> list[Row]:
             "all refused",
             "`../` in a weight index is followed",
             hostile_names.run,
+        ),
+        Row(
+            18,
+            "Polite stop: 42 signals in the first batch, a step, an evaluation, a save, before and after, and second ones",
+            "exit 143 or 130 with a whole checkpoint of the step; resumed to the uncut run's bits",
+            "25 steps lost",
+            signals.run,
         ),
         Row(
             19,

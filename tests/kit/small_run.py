@@ -1,5 +1,6 @@
-"""A whole run small enough to be killed a hundred times: a pico base with a tokenizer, two data sets, and everything switched on that a resume
-could get wrong (packing, a mixture with rates, dropout, gradient accumulation, a schedule, evaluation, saves)."""
+"""A whole run small enough to be killed a hundred times, with everything switched on that a resume could get wrong: a pico base with a
+tokenizer, two data sets, packing, a mixture with rates, dropout, gradient accumulation, a schedule, evaluation, saves.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import yaml
 from tests.kit.checkpoints import save_base
 from tests.kit.evalsets import char_tokenizer
 
-STEPS, SAVE_EVERY = 20, 5
+STEPS, SAVE_EVERY = 12, 5
 METHODS: dict[str, dict[str, Any]] = {
     "pesc": {
         "method": "pesc",

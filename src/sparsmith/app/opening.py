@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsmith import durable, ranks
 from sparsmith import recipe as recipes
+from sparsmith.app.recipes import load_recipe
 from sparsmith.errors import CheckpointError, RecipeError, RecipeErrors, SparsmithError, UsageError
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder
@@ -78,7 +79,7 @@ def _check_own(run: RunFolder, recipe: Recipe) -> None:
     if run.recipe.read_text(encoding="utf-8") == recipes.dump(recipe):
         return
     try:
-        known = recipes.load_recipe(run.recipe, check_paths=False)
+        known = load_recipe(run.recipe, check_paths=False)
     except SparsmithError as error:
         raise UsageError(
             str(run.recipe), f"a recipe that cannot be read ({error.found})", "the run's recipe", "Remove the folder."

@@ -13,7 +13,7 @@ from sparsmith import durable, ranks
 from sparsmith.app import facts
 from sparsmith.app.opening import opened, require_space
 from sparsmith.app.recipes import load_recipe
-from sparsmith.errors import MethodError, ProofError
+from sparsmith.errors import DataError, MethodError, ProofError
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder
 
@@ -112,7 +112,14 @@ class _Session:
                 epochs=train.epochs,
                 rejects=self.run.rejects if ranks.is_first() else None,
             )
-        self.steps = train.steps or max(1, len(self.data.train) // train.batch_size)
+        self.steps = train.steps or len(self.data.train) // train.batch_size
+        if not self.steps:
+            raise DataError(
+                "data.train",
+                f"{len(self.data.train)} rows in {train.epochs:g} epochs",
+                f"at least one batch of {train.batch_size}",
+                "Lower train.batch_size, or give train.steps.",
+            )
         write_json(
             self.run.data,
             {"domains": self.data.domains, "counts": self.data.counts, "fingerprints": self.data.fingerprints},
@@ -124,8 +131,9 @@ class _Session:
         from sparsmith.crafting.base_model import load_base
         from sparsmith.crafting.record import record_of
 
-        base = load_base(self.recipe.model)
-        self._to_device(base)
+        with self._memory_told(f"loading {self.recipe.model.path}"):
+            base = load_base(self.recipe.model)
+            self._to_device(base)
         if self.baseline.result is None and self.data.eval:
             self.baseline.result = self._evaluate(base)
             self.baseline.samples = self._samples(base)
@@ -173,7 +181,7 @@ class _Session:
             record = ranks.on_first(recorder.write)
             if checkpoint is None:
                 record({"step": 0, **self._losses(self.baseline.result)})
-            tuner.add_callback(Evaluation(self._measure, record, recipe.train.eval_every))
+            tuner.add_callback(Evaluation(self._measure, record, recipe.train.eval_every, recorder.evaluated))
         try:
             tuner.create_optimizer()
         except (ValueError, ImportError, RuntimeError) as fault:
@@ -182,7 +190,8 @@ class _Session:
         tuner.add_callback(self.stop)  # last, so that it hears what came during an evaluation
         self.stop.training = True
         try:
-            tuner.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with self._memory_told("training"):
+                tuner.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             bar.close()
             self.stop.training = False
@@ -239,6 +248,14 @@ class _Session:
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+    def _memory_told(self, what: str) -> Any:
+        import torch
+
+        from sparsmith.training.out_of_memory import told_in_bytes
+
+        mend = "Take less: model.quant nf4, a smaller model.dtype, train.micro_batch_size or data.max_length."
+        return told_in_bytes(what, self.plan.memory, mend, torch.device("cuda" if ranks.on_cuda() else "cpu"))
 
     def _to_device(self, model: Any) -> None:
         import torch

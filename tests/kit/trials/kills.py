@@ -6,7 +6,9 @@ import json
 import os
 import random
 import signal
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,26 @@ from sparsmith.errors import CheckpointError
 from sparsmith.fingerprints import file_digest
 from sparsmith.training.saves import listed
 from tests.kit import forks
-from tests.kit.small_run import make_recipe
+from tests.kit.small_run import METHODS, make_recipe
 from tests.kit.tally import Tally
 
 WRITING = ("entry_of", "_fsync", "_put_in_place")
 """Functions of `durable` that every write goes through; a process is killed before one of their calls."""
+
+
+RANDOM, AIMED = 60, 60
+
+
+@cache
+def whole_trial() -> tuple[Tally, Tally]:
+    """Both promises over every method at full size, once per process."""
+    same, whole = Tally(), Tally()
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        for method in METHODS:
+            tallies = kill_trial(Path(folder) / method, method, kills=RANDOM, aimed=AIMED)
+            same.add(tallies[0])
+            whole.add(tallies[1])
+    return same, whole
 
 
 def kill_trial(folder: Path, method: str = "pesc", *, kills: int, aimed: int, seed: int = 0) -> tuple[Tally, Tally]:
@@ -32,7 +49,7 @@ def kill_trial(folder: Path, method: str = "pesc", *, kills: int, aimed: int, se
     recipe = make_recipe(folder, method)
     uncut = folder / "uncut"
     began = time.perf_counter()
-    calls = folder / "calls"
+    calls = folder.with_suffix(".calls")
     assert forks.run(["tune", recipe, f"output={uncut}"], folder / "uncut.log", count_writes, calls) == 0
     seconds, writes = time.perf_counter() - began, int(calls.read_text())
     wanted = bits_of(uncut)

@@ -38,6 +38,13 @@ class Recorder(TrainerCallback):
             kept = [line for line in lines if _step(line) <= step]
             durable.write_text(self._path, "".join(f"{line}\n" for line in kept))
 
+    def evaluated(self) -> set[int]:
+        """Steps of the evaluations that are written."""
+        if not self._path.is_file():
+            return set()
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return {line["step"] for line in lines if "eval_loss" in line}
+
 
 def _step(line: str) -> float:
     """The step of a line; a line that a crash has cut counts as later than any."""
