@@ -1,6 +1,8 @@
-"""What each rank of a data-parallel run does: 20 steps of PESC on a pico model. Run it under torchrun, or alone as one process.
+"""What each rank of a data-parallel run does: 12 steps of PESC on a pico model. Run it under torchrun, or alone as one process.
 
-torchrun --nproc-per-node 2 -m tests.kit.two_ranks OUT ROWS_PER_RANK
+torchrun --nproc-per-node 2 -m tests.kit.two_ranks OUT '[{"label": "ddp", "settings": {"run": FOLDER, "sharded": false}}]'
+
+Each rank leaves its figures in OUT/LABEL-rank<N>.json; `settings` are the arguments of `tune`.
 """
 
 from __future__ import annotations
@@ -9,50 +11,91 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import sparsmith as sm
-from sparsmith.crafting.apply import trained_roles
-from sparsmith.crafting.tensors import content_hash
+from sparsmith import ranks
+from sparsmith.crafting.gathered import reshard
 from sparsmith.methods.base import LoraSettings
 from sparsmith.methods.pesc.config import PescConfig
+from sparsmith.ops.shards import part, whole
 from tests.kit.pico import pico_model
 from tests.kit.rows import RowDataset, pad_rows
 
-# alpha 0: the balance loss is a mean over a micro-batch and not linear in it, so it differs when a batch is split over ranks
+STEPS = 12
+# the balance loss is on: its counts are summed over the ranks, so it must not differ either
 CONFIG = PescConfig(
-    num_experts=8, top_k=1, adapter_dim=8, balance_alpha=0.0, path="masked", lora=LoraSettings(r=2, dropout=0.0)
+    num_experts=8, top_k=1, adapter_dim=8, balance_alpha=0.05, path="masked", lora=LoraSettings(r=2, dropout=0.0)
 )
 
 
-def main(out: str, rows: int) -> None:
-    torch.set_num_threads(1)
-    model = sm.craft(pico_model("llama"), CONFIG, seed=1)
+class StopAt(TrainerCallback):
+    """Ends the loop early, as a stopped run does: the schedule stays that of the whole run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+def tune(run: str, *, sharded: bool = False, stop: int = STEPS, save: int = STEPS, base: str = "float32") -> dict:
+    """12 steps of four rows in a run's folder, gone on with where it holds a checkpoint; the figures of this rank.
+
+    Args:
+        sharded: FSDP2 instead of DDP, where there are several processes.
+        stop: end after that step.
+        save: steps between checkpoints.
+        base: number type of the frozen base; the trained tensors are float32 beside it.
+    """
+    os.environ.update({"ACCELERATE_USE_FSDP": "true" if sharded else "false", "FSDP_VERSION": "2"})
+    model = sm.craft(pico_model("llama", dtype=getattr(torch, base)), CONFIG, seed=1)
     args = TrainingArguments(
-        output_dir=f"{out}/run",
-        max_steps=20,
-        per_device_train_batch_size=rows,
+        output_dir=run,
+        max_steps=STEPS,
+        per_device_train_batch_size=4 // ranks.world(),
         learning_rate=5e-3,
+        max_grad_norm=0.3,
+        lr_scheduler_type="cosine",
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=save,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if ranks.world() > 1 else None,
     )
-    tuner = sm.Tuner(model=model, args=args, train_dataset=RowDataset(80), data_collator=pad_rows)
-    tuner.train()
-    weights = [pair for role in trained_roles(model).values() for pair in role]
-    record = {
-        "losses": [line["loss"] for line in tuner.state.log_history if "loss" in line],
-        "hash": content_hash(weights),
-        "dead": [line["health/pesc/dead_experts"] for line in tuner.state.log_history if "loss" in line],
+    tuner = sm.Tuner(
+        model=model, args=args, train_dataset=RowDataset(80), data_collator=pad_rows, callbacks=[StopAt(stop)]
+    )
+    tuner.train(resume_from_checkpoint=True if any(Path(run).glob("checkpoint-*")) else None)
+    reshard(model)
+    lines = [line for line in tuner.state.log_history if "loss" in line]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {
+        "losses": {str(line["step"]): line["loss"] for line in lines},
+        "balance": {str(line["step"]): line["term/pesc.balance"] for line in lines},
+        "norms": {str(line["step"]): float(line["grad_norm"]) for line in lines},
+        "health": {str(line["step"]): [v for k, v in line.items() if "health/pesc/load" in k] for line in lines},
+        "dead": {str(line["step"]): line["health/pesc/dead_experts"] for line in lines},
+        "weights": {name: whole(p.detach()).double().reshape(-1).tolist() for name, p in trained},
+        "parameter_bytes": sum(part(p).nbytes for p in model.parameters()),
     }
-    Path(out, f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(record))
+
+
+def main(out: Path, jobs: list[dict[str, Any]]) -> None:
+    """Several runs, one after the other, in one start of the processes: starting them costs far more than a pico run."""
+    torch.set_num_threads(1)
+    ranks.start()
+    for job in jobs:
+        figures = tune(**job["settings"])
+        (out / f"{job['label']}-rank{ranks.rank()}.json").write_text(json.dumps(figures))
+    ranks.wait()
+    ranks.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
