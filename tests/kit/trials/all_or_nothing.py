@@ -16,7 +16,7 @@ from torch import nn
 import sparsmith as sm
 from sparsmith.methods.base import MethodConfig
 from sparsmith.seeds import numpy_generator
-from tests.kit.cases import cases, logits
+from tests.kit.cases import FEW_FAMILIES, FEW_METHODS, cases, logits
 from tests.kit.pico import pico_model
 from tests.kit.tally import Tally
 
@@ -114,6 +114,13 @@ def failed_at(config: MethodConfig, family: str, step: int) -> tuple[list[str], 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+def run(folder: Path) -> Tally:
+    """At full size: every place of crafting on three families that differ in their tensors, and draws on all."""
+    tally = trial(cases(("pesc",), FEW_FAMILIES))
+    tally.add(trial(cases(FEW_METHODS), draws=20))
+    return tally
 
 
 def trial(of: Iterable[tuple[str, MethodConfig, str]] | None = None, draws: int | None = None) -> Tally:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sparsmith as sm
 from sparsmith.methods.base import MethodConfig
-from tests.kit.cases import cases, logits, probes, trained_like
+from tests.kit.cases import FEW_METHODS, cases, few, logits, probes, trained_like
 from tests.kit.tally import Tally
 
 LIMIT = 1e-5
@@ -50,6 +50,13 @@ def read_elsewhere(work: Path, requests: list[dict[str, Any]]) -> tuple[dict[str
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((work / "answers.json").read_text()), load_file(work / "logits.safetensors")
+
+
+def run(folder: Path) -> Tally:
+    """At full size: every form that an export can take, on every family, and some with their scale folded in."""
+    tally = trial(folder / "plain", cases(("pesc", "pesc, top 1", "pesc, hash router", *FEW_METHODS[1:], "equal LoRA")))
+    tally.add(trial(folder / "folded", few(), fold_scale=True))
+    return tally
 
 
 def trial(folder: Path, of: Iterable[tuple[str, MethodConfig, str]] | None = None, **options: Any) -> Tally:

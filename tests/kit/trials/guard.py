@@ -233,6 +233,11 @@ def faults(folder: Path, where: str, step: int, kind: str, good: list[str]) -> l
     return [what for what, held in checks.items() if not held]
 
 
+def run(folder: Path) -> Tally:
+    """At full size: 50 runs for each place."""
+    return trial(folder)
+
+
 def trial(folder: Path, count: int = 50, last: int = STEPS, places: tuple[str, ...] = tuple(PLANTS)) -> Tally:
     """`count` runs for each place, NaN and infinity by turns, each at another one of the first `last` steps."""
     tally = Tally()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,11 @@ from sparsmith.methods.base import MethodConfig
 from tests.kit.cases import cases, largest_difference, logits
 from tests.kit.pico import pico_model
 from tests.kit.tally import Tally
+
+
+def run(folder: Path) -> Tally:
+    """At full size: every method on every family, in float32 and bfloat16."""
+    return trial(dtypes=(torch.float32, torch.bfloat16))
 
 
 def trial(

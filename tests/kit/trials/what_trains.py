@@ -39,6 +39,11 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def run(folder: Path) -> Tally:
+    """At full size: every method on every family."""
+    return trial(folder)
+
+
 def trial(
     folder: Path,
     of: Iterable[tuple[str, MethodConfig, str]] | None = None,
