@@ -73,7 +73,7 @@ def picture(model: nn.Module) -> dict[str, Any]:
             )
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
-        raw = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        raw = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
         # equal ids under several names are a tie
         seen[f"{name}: tensor"] = (id(tensor), tensor.data_ptr(), tensor.requires_grad, str(tensor.dtype), raw)
     for name in ("config", "generation_config"):
