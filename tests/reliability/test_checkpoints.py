@@ -25,6 +25,11 @@ def test_every_bit_is_watched(home):
     assert tally.tried == 190
 
 
+def test_a_damaged_checkpoint_of_a_run_is_named_and_the_older_one_offered(tmp_path):
+    tally = damage.damage(damage.run_checkpoints(tmp_path), flips=30, cuts=10)
+    assert tally.whole, tally.failures
+
+
 def test_every_tensor_is_asked_for(home):
     """Promise 15: each tensor of each file, and a fifth of the damages to each."""
     tally = strict_loading.every_tensor(home, every=5)

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import sparsmith as sm
+from sparsmith.app import tune
 from sparsmith.errors import CheckpointError
 from sparsmith.exporting import verify
+from sparsmith.runs import RunFolder
+from sparsmith.training import saves
 from tests.kit.checkpoints import files_of, make_home
 from tests.kit.refusals import unlike_refusal
+from tests.kit.small_run import make_recipe
 from tests.kit.tally import Tally
 
 
@@ -35,6 +39,22 @@ def checkpoints(home: Path) -> list[Target]:
         return Target(folder, {"load": lambda: sm.load(folder, **options), "verify": lambda: verify(folder)})
 
     return [target("delta", base=home / "base"), target("full"), target("export")]
+
+
+def run_checkpoints(folder: Path) -> list[Target]:
+    """The newest of two checkpoints of a run: verified, and as a resume chooses it, which must fall back on the older one."""
+    root = RunFolder(tune(make_recipe(folder, steps=4, save_every=2, eval_every=None))).checkpoints
+    older, newest = saves.listed(root)
+
+    def resume() -> None:
+        faults: list[CheckpointError] = []
+        found = saves.latest(root, faults.append)
+        if faults and found != older:
+            raise AssertionError(f"{found} is offered in place of {older}")
+        if faults:
+            raise faults[0]
+
+    return [Target(newest, {"resume": resume, "verify": lambda: verify(newest)})]
 
 
 def damage(targets: Sequence[Target], flips: int, cuts: int, seed: int = 0) -> Tally:
@@ -63,5 +83,6 @@ def damage(targets: Sequence[Target], flips: int, cuts: int, seed: int = 0) -> T
 
 
 def run(folder: Path, flips: int = 1000, cuts: int = 300) -> Tally:
-    """The trial over the checkpoints of `make_home`."""
-    return damage(checkpoints(make_home(folder)), flips, cuts)
+    """The trial over every form of a checkpoint."""
+    targets = [*checkpoints(make_home(folder / "home")), *run_checkpoints(folder / "run")]
+    return damage(targets, flips, cuts)

@@ -22,11 +22,13 @@ from sparsmith.exporting.foreign import read_weights
 from sparsmith.methods import registry
 from sparsmith.recipe import load_recipe
 from sparsmith.recipe.schema import TrainSource
-from tests.kit.checkpoints import DELTA, IDENTITY, edit_json, make_home
+from sparsmith.training.state import read_state
+from tests.kit.checkpoints import DELTA, IDENTITY, edit_json, files_of, make_home
+from tests.kit.recipes import GOOD
 from tests.kit.refusals import unlike_refusal
 from tests.kit.tally import Tally
+from tests.kit.trials.damage import run_checkpoints
 from tests.kit.trials.strict_loading import open_base
-from tests.kit.recipes import GOOD
 
 SOURCE = Path(sm.__file__).parent
 # attribute calls that read a pickle or run text; yaml.load, torch.load without weights_only=True and the like are caught apart
@@ -55,6 +57,16 @@ TAGS = (
     "!!python/object/apply:subprocess.check_output [[touch, {mark}]]",
     '!!python/tuple [!!python/object/apply:builtins.exec ["import os; os.system(touch {mark})"]]',
     "!custom {{run: touch {mark}}}",
+)
+
+
+TRAINER_PICKLES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "training_args.bin",
+    "scaler.pt",
+    "pytorch_model.bin",
 )
 
 
@@ -140,6 +152,29 @@ def data_bombs(work: Path) -> Tally:
     return tally
 
 
+def run_bombs(work: Path) -> Tally:
+    """A pickle in every file of a run's checkpoint, sealed again, and under the names that the plain Trainer would open: never run."""
+    tally, mark = Tally(), work / "ran"
+    newest = run_checkpoints(work / "run")[0].folder
+    for name in [str(file.relative_to(newest)) for file in files_of(newest)] + list(TRAINER_PICKLES):
+        copy = work / "checkpoint-4"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(newest, copy)
+        (copy / name).write_bytes(pickle.dumps(Bomb(mark)))
+        if name in TRAINER_PICKLES:  # a file too many is refused before a seal; sealed, it is never opened
+            _judge(tally, mark, f"a pickle as {name}", [unlike_refusal(partial(verify, copy), names=(name,))])
+        if not name.endswith(durable.MANIFEST):
+            durable.seal(copy / "model")
+            durable.seal(copy)
+        with suppress(SparsmithError):
+            read_state(copy)
+        with suppress(SparsmithError):
+            sm.load(copy / "model")
+        faults = [] if name in TRAINER_PICKLES else [unlike_refusal(partial(_open_all, copy))]
+        _judge(tally, mark, f"a sealed pickle as {name}", faults)
+    return tally
+
+
 def configs(home: Path, work: Path) -> Tally:
     """Code beside the weights, kernels to be fetched, classes by a dotted name: in a base and in our own folders."""
     tally, mark = Tally(), work / "ran"
@@ -209,7 +244,7 @@ def run(folder: Path) -> Tally:
     """All of it."""
     home = make_home(folder / "home")
     tally = bombs(home, folder)
-    for other in (data_bombs(folder), configs(home, folder), yaml_tags(folder), source_calls()):
+    for other in (run_bombs(folder), data_bombs(folder), configs(home, folder), yaml_tags(folder), source_calls()):
         tally.add(other)
     return tally
 
@@ -219,6 +254,14 @@ def _fresh(home: Path, work: Path) -> Path:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(home, copy)
     return copy
+
+
+def _open_all(folder: Path) -> None:
+    """What a resume opens, one after the other."""
+    durable.verify_folder(folder)
+    durable.read_json(folder / "trainer_state.json")
+    sm.load(folder / "model")
+    read_state(folder)
 
 
 def _read_foreign(folder: Path) -> list[Any]:
