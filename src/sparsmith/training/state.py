@@ -79,6 +79,7 @@ def read_state(
     taken: set[str] = set()
     try:
         parts = {name: _unpacked(tree, tensors, taken) for name, tree in data["state"].items()}
+        facts = {str(name): value + 0 for name, value in data["facts"].items()}  # numbers, or a TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             str(file),
@@ -90,7 +91,7 @@ def read_state(
         raise CheckpointMismatch(
             str(folder / TENSORS), f"`{left[0]}`", f"only what {TREE} names", "Take another checkpoint."
         )
-    return parts, data["facts"]
+    return parts, facts
 
 
 def state_bytes(state: Any) -> int:

@@ -27,7 +27,7 @@ from sparsmith.training.callbacks.saving import Saving
 from sparsmith.training.callbacks.streams import Streams
 from sparsmith.training.objective import Objective
 from sparsmith.training.saves import folder_of, latest, prune, step_of
-from sparsmith.training.state import parameter_names, read_state, state_bytes, write_state, write_tree
+from sparsmith.training.state import TREE, parameter_names, read_state, state_bytes, write_state, write_tree
 from sparsmith.training.window import Window
 
 MODEL_FOLDER, TRAINER_STATE = "model", "trainer_state.json"
@@ -118,16 +118,18 @@ class Tuner(Trainer):
             resume_from_checkpoint = str(found)
         self._begun = time.perf_counter()
         if isinstance(resume_from_checkpoint, str):
-            durable.verify_folder(resume_from_checkpoint)
-            self._logged_at = step_of(Path(resume_from_checkpoint))
-            if 0 < self.args.max_steps <= self._logged_at:
-                return self._take_up_the_end(Path(resume_from_checkpoint))
+            checkpoint = Path(resume_from_checkpoint)
+            durable.verify_folder(checkpoint)
+            record = _record(checkpoint)
+            self._logged_at = record.global_step
+            if 0 < self.args.max_steps <= record.global_step:
+                return self._take_up_the_end(checkpoint, record)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _take_up_the_end(self, checkpoint: Path) -> TrainOutput:
+    def _take_up_the_end(self, checkpoint: Path, record: TrainerState) -> TrainOutput:
         """A checkpoint of the last step needs no training, only its weights and its record."""
         self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        self.state = record
         self._read_state(checkpoint, None)
         self._begun = time.perf_counter()
         return TrainOutput(self.state.global_step, float("nan"), {})
@@ -230,7 +232,12 @@ class Tuner(Trainer):
         parts = self._read_state(Path(checkpoint), self._names())
         for name, part in self._stateful().items():
             if name in parts:
-                part.load_state_dict(parts[name])
+                try:
+                    part.load_state_dict(parts[name])
+                except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                    raise _no_state(
+                        Path(checkpoint) / TREE, f"a state that the {name} cannot take ({error})"
+                    ) from error
 
     def _stateful(self) -> dict[str, Any]:
         """What holds a state between steps, by its name in a checkpoint."""
@@ -246,3 +253,21 @@ class Tuner(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to read: every step starts its generators itself (`Streams`)."""
+
+
+def _record(checkpoint: Path) -> TrainerState:
+    """The Trainer's own record, which must be of the step in the folder's name."""
+    file = durable.inside(checkpoint, TRAINER_STATE)
+    data = durable.read_json(file)
+    try:
+        record = TrainerState(**data)
+        known = isinstance(record.global_step, int) and step_of(checkpoint) in (-1, record.global_step)
+    except TypeError as error:
+        raise _no_state(file, f"no record of a Trainer ({error})") from error
+    if not known:
+        raise _no_state(file, f"a record of step {record.global_step}")
+    return record
+
+
+def _no_state(file: Path, found: str) -> CheckpointError:
+    return CheckpointError(str(file), found, "the file as this run wrote it", "Take an earlier checkpoint.")
