@@ -46,14 +46,14 @@ def test_what_is_read_is_what_was_written(tmp_path, optimizer_class):
 def test_a_state_of_other_parameters_is_refused_by_name(tmp_path):
     model, optimizer, _ = stepped()
     write_state(tmp_path, {"optimizer": optimizer.state_dict()}, names=parameter_names(model, optimizer), facts={})
-    with pytest.raises(CheckpointMismatch, match="`1.bias` stands on one side only"):
+    with pytest.raises(CheckpointMismatch, match=r"`1\.bias` stands on one side only"):
         read_state(tmp_path, names=["0.weight", "0.bias", "1.weight"])
     with pytest.raises(CheckpointMismatch, match="another order"):
         read_state(tmp_path, names=["0.bias", "0.weight", "1.weight", "1.bias"])
 
 
 def test_nothing_non_finite_is_written(tmp_path):
-    model, optimizer, _ = stepped()
+    _, optimizer, _ = stepped()
     next(iter(optimizer.state.values()))["exp_avg"][0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="exp_avg"):
         write_state(tmp_path, {"optimizer": optimizer.state_dict()}, names=[], facts={})
@@ -79,7 +79,7 @@ def test_an_object_that_json_cannot_hold_is_refused(tmp_path):
     ],
 )
 def test_a_forged_tree_is_refused(tmp_path, change):
-    model, optimizer, _ = stepped()
+    _, optimizer, _ = stepped()
     write_state(tmp_path, {"optimizer": optimizer.state_dict()}, names=[], facts={})
     tree = json.loads((tmp_path / TREE).read_text())
     change(tree)
