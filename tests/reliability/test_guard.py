@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from sparsmith.cli import main
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.errors import ProofError
 from sparsmith.training.callbacks.guard import MAX_SKIPPED, Guard
+from tests.kit.small_run import make_recipe
 from tests.kit.trials import guard as trials
 
 
@@ -72,8 +76,26 @@ def test_weights_are_looked_at_before_the_first_and_after_the_last_step(tmp_path
     else:
         tuner.create_optimizer()
         tuner.optimizer.register_step_post_hook(lambda *_: weight.data.fill_(float("nan")))
-    with pytest.raises(ProofError, match={"before": "step 0, before training", "after": "step 1, after the optimiser"}[when]):
+    with pytest.raises(
+        ProofError, match={"before": "step 0, before training", "after": "step 1, after the optimiser"}[when]
+    ):
         tuner.train()
+
+
+def test_a_run_that_diverges_ends_with_its_rows_and_code_8(tmp_path, capsys):
+    """Nothing is planted here: the learning rate is far too large, as people set it."""
+    recipe = make_recipe(tmp_path, steps=8, save_every=1, eval_every=None, schedule="constant")
+    code = main(["tune", str(recipe), "train.learning_rate=1e30", "--json"])
+    fault = json.loads(capsys.readouterr().out)["error"]
+    assert code == 8 and fault["kind"] == "ProofError", fault
+    step = re.fullmatch(r"step (\d+).*", fault["where"])
+    assert step and 1 <= int(step[1]) <= 8
+    assert re.search(r"first bad module `base\.model\.\S+`", fault["found"])
+    assert re.search(r"samples [\d, ]+ \(\S*(sums|words)\.jsonl:\d+", fault["found"])
+    assert "learning_rate" in fault["mend"]
+    on_disk = list(trials.tensors_on_disk(tmp_path / "run"))
+    assert all(tensor.isfinite().all() for _, tensor in on_disk if tensor.is_floating_point())
+    assert not (tmp_path / "run" / "model").exists()
 
 
 class _Steps:
