@@ -63,7 +63,7 @@ def rows() -> list[Row]:
         Row(
             3,
             "Every bit is watched: 1,000 bit flips and 300 truncations over all checkpoint files",
-            "1,300 refused, the file named",
+            "1,300 refused, the file named, the older good one offered",
             "payload flips load silently, 300/300",
             damage.run,
         ),

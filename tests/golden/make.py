@@ -38,7 +38,7 @@ data:
   max_length: 16
   workers: 1
   cache: {build}/cache
-train: {{steps: 4, batch_size: 2, learning_rate: 3.0e-2, save_every: 2, log_every: 1, threads: 1}}
+train: {{steps: 4, batch_size: 2, learning_rate: 3.0e-2, save_every: 2, keep: 1, log_every: 1, threads: 1}}
 output: {build}/run
 proof: {{moved_after: 2}}
 """

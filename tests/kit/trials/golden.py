@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
 
 import sparsmith as sm
 from sparsmith.app import load_recipe, report
@@ -20,7 +21,9 @@ from sparsmith.crafting.identity import FILE
 from sparsmith.errors import CheckpointError, SparsmithError
 from sparsmith.exporting import verify
 from sparsmith.manifests import MANIFEST
-from sparsmith.runs import is_run
+from sparsmith.runs import RunFolder, is_run
+from sparsmith.training import saves
+from sparsmith.training.state import read_state
 from tests.golden.make import GOLDEN, LOGITS, logits_of
 from tests.kit.checkpoints import edit_json
 from tests.kit.refusals import unlike_refusal
@@ -31,7 +34,7 @@ FUTURE = 99
 
 
 def opens(work: Path) -> Tally:
-    """Each golden folder: verified, loaded, its logits held against those of its making; a run is read and reported as well."""
+    """Each golden folder: verified, loaded, its logits held against those of its making; a run is read, reported, its checkpoint opened."""
     tally, drifts = Tally(), {}
     for version in versions():
         known = json.loads((version / LOGITS).read_text())
@@ -86,6 +89,9 @@ def _drift(version: Path, folder: Path, known: list[float]) -> float:
     if is_run(folder):
         load_recipe(folder / "recipe.yaml", check_paths=False)
         assert report([folder]).stat().st_size
+        for checkpoint in saves.listed(RunFolder(folder).checkpoints):
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            read_state(checkpoint)
     base = {} if folder.name == "export" else {"base": version / "base"}
     found = logits_of(sm.load(folder, **base)).flatten()
     return float((found - torch.tensor(known)).abs().max())
