@@ -33,10 +33,10 @@ class Finding:
         return f"first bad module `{self.module}` ({self.what})"
 
 
-def bad_parameter(model: nn.Module) -> Finding | None:
-    """The first parameter that holds a NaN or an infinity, trained or frozen."""
+def bad_parameter(model: nn.Module, *, trained_only: bool = False) -> Finding | None:
+    """The first parameter that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
-        if _bad(parameter):
+        if (parameter.requires_grad or not trained_only) and _bad(parameter):
             count = int((~torch.isfinite(part(parameter))).sum())
             module, _, own = name.rpartition(".")
             return Finding(module or _ROOT, f"{count} of the {parameter.numel():,} numbers in its parameter `{own}`")

@@ -81,7 +81,7 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where no next step looks before the weights are written."""
         if control.should_save or state.global_step >= state.max_steps:
-            self._check_parameters(f"step {state.global_step}, after the optimiser moved")
+            self._check_parameters(f"step {state.global_step}, after the optimiser moved", trained_only=True)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         micro, losses, norm = self._micro, self._losses, self.norm
@@ -117,8 +117,9 @@ class Guard(TrainerCallback):
             distributed.all_reduce(bad, distributed.ReduceOp.MAX)
         return [kind for kind, found in zip(_KINDS, bad.tolist(), strict=True) if found]
 
-    def _check_parameters(self, where: str) -> None:
-        found = next(filter(None, _shared(diagnosis.bad_parameter(self._model))), None)
+    def _check_parameters(self, where: str, trained_only: bool = False) -> None:
+        here = diagnosis.bad_parameter(self._model, trained_only=trained_only)
+        found = next(filter(None, _shared(here)), None)
         if found is not None:
             raise ProofError(
                 where, str(found), "finite numbers", "Take an earlier checkpoint, or a base that is whole."
