@@ -86,6 +86,7 @@ SPOILT: list[tuple[str, str, str, str]] = [
     ("save_every: 5", "betas: [0.9, 1.0]", "train.betas.1", "less than 1"),
     ("learning_rate: 3e-3", "learning_rate: 3e-3x", "train.learning_rate", "a number"),
     ("moved_after: 5", "moved_after: 5, enabled: false", "proof.moved_after", "no effect"),
+    ("moved_after: 5", "moved_after: 20, enabled: false", "proof.moved_after", "no effect"),
     ("output: runs/test", "output: ''", "output", "at least 1"),
     ("output: runs/test", "outptu: runs/test", "outptu", "`output`"),
     ("output: runs/test", "output: !!python/object:os.system ls", "output", "tag"),

@@ -169,7 +169,7 @@ class _Session:
             train_dataset=self.data.train,
             data_collator=Collator.of(recipe.data, self.tokenizer, self.model.config),
             domains=self.data.domains,
-            moved_after=recipe.proof.moved_after if recipe.proof.enabled else None,
+            moved_after=recipe.proof.looks_after,
             proven=self._moved,
             callbacks=[recorder],
         )

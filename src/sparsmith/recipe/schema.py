@@ -229,8 +229,13 @@ class TrainSettings(StrictModel):
 
 class ProofSettings(StrictModel):
     enabled: bool = True
-    moved_after: PositiveInt = 20
-    """Optimiser steps after which every trained role must have changed."""
+    moved_after: PositiveInt | None = None
+    """Optimiser steps after which every trained role must have changed; absent = 20."""
+
+    @property
+    def looks_after(self) -> int | None:
+        """The step of the look; None where nothing is proven."""
+        return (self.moved_after or 20) if self.enabled else None
 
     def clashes(self) -> Iterable[Clash]:
         if not self.enabled:

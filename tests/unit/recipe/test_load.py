@@ -55,6 +55,13 @@ def test_an_override_makes_the_group_that_is_not_there():
     assert load(text, "proof.moved_after=3").proof.moved_after == 3
 
 
+def test_a_run_without_proof_reads_its_own_recipe():
+    recipe = load(GOOD.replace("proof: {moved_after: 5}", "proof: {enabled: false}"))
+    assert load(dump(recipe)) == recipe
+    assert (recipe.proof.looks_after, load(GOOD).proof.looks_after) == (None, 5)
+    assert load(GOOD.replace("proof: {moved_after: 5}\n", "")).proof.looks_after == 20
+
+
 def test_the_last_override_wins():
     assert load(GOOD, "train.steps=1", "train.steps=2").train.steps == 2
 
