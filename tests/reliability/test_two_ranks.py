@@ -6,8 +6,12 @@ import sys
 
 import pytest
 
+import sparsmith as sm
+from sparsmith import anatomy
+from sparsmith.crafting.memory_per_rank import Load, sharded_weights
 from tests.kit.launch import gap, pico_runs
-from tests.kit.two_ranks import STEPS, tune
+from tests.kit.pico import pico_config
+from tests.kit.two_ranks import CONFIG, STEPS, tune
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
 
@@ -51,6 +55,21 @@ def test_two_ranks_equal_one_process(alone, ranks, how):
 
 def test_each_rank_of_a_sharded_model_holds_half(alone, ranks):
     held = [one["parameter_bytes"] for one in ranks[1]["fsdp2"]]
+    load = Load(
+        shape=anatomy.shape_of(pico_config("llama")),
+        added=sm.plan(pico_config("llama"), CONFIG).trained_params,
+        trained=0,
+        optimizer=0,
+        dtype="float32",
+        quant="none",
+        activation_floats=0,
+        lora=None,
+        checkpointing=False,
+        max_length=12,
+        batch_size=4,
+        micro_batch=4,
+    )
+    assert held == [sharded_weights(load, 2)] * 2  # what the plan says
     assert held == [alone["parameter_bytes"] / 2] * 2
     assert [one["parameter_bytes"] for one in ranks[1]["ddp"]] == [alone["parameter_bytes"]] * 2
 

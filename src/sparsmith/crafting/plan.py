@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sparsmith import anatomy
 from sparsmith.crafting.compose import check_composition
 from sparsmith.crafting.lora_count import lora_parameters_of, merged_settings
-from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, activation_bytes, optimizer_bytes, weight_bytes
+from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, optimizer_bytes, weight_bytes
+from sparsmith.crafting.memory_per_rank import Load, RankMemory, memory_per_rank
 from sparsmith.crafting.plan_text import plan_renderable, plan_text
 from sparsmith.errors import CheckpointError
 from sparsmith.methods import registry
@@ -54,6 +55,8 @@ class Plan:
     flops: Flops
     disk: dict[str, int]
     notes: tuple[str, ...]
+    per_rank: dict[str, dict[int, RankMemory]]
+    """Layout (`ddp`, `fsdp2`, `qlora`) -> number of GPUs -> bytes on each."""
 
     @property
     def trained_params(self) -> int:
@@ -72,6 +75,10 @@ class Plan:
                 "trained_total": self.trained_params,
             },
             "memory": self.memory.as_dict(),
+            "memory_per_rank": {
+                layout: {str(ranks): one.as_dict() for ranks, one in rows.items()}
+                for layout, rows in self.per_rank.items()
+            },
             "flops_per_token": {**vars(self.flops), "overhead": self.flops.overhead},
             "disk": dict(self.disk),
             "notes": list(self.notes),
@@ -92,6 +99,7 @@ def plan(
     quant: str = "none",
     max_length: int = 512,
     micro_batch: int = 16,
+    batch_size: int | None = None,
     optimizer: str = "adamw_torch",
     gradient_checkpointing: bool = False,
 ) -> Plan:
@@ -101,7 +109,7 @@ def plan(
         base: a folder or hub id (only its config is read), a transformers config, or a model.
         config: a method's config or a list of them.
         dtype, quant: number type and quantisation of the frozen base.
-        max_length: tokens per row; micro_batch: rows per forward.
+        max_length: tokens per row; micro_batch: rows per forward; batch_size: rows per step of all GPUs (default: `micro_batch`).
         optimizer: a name that the Trainer knows.
 
     Raises:
@@ -124,17 +132,21 @@ def plan(
     added = sum(sum(p.added.values()) for p in plans)
     total = shape.total_params + added - sum(p.removed for p in plans)
     count = sum(trained.values())
-    activations = {
-        case: activation_bytes(
-            shape,
-            sum(p.activation_floats for p in plans),
-            tokens=round(micro_batch * max_length * share),
-            width=2.0 if quant != "none" else BYTES[dtype],
-            lora=settings,
-            checkpointing=gradient_checkpointing,
-        )
-        for case, share in LENGTH_SHARE.items()
-    }
+
+    load = Load(
+        shape=shape,
+        added=added + lora,
+        trained=count,
+        optimizer=optimizer_bytes(count, optimizer),
+        dtype=dtype,
+        quant=quant,
+        activation_floats=sum(p.activation_floats for p in plans),
+        lora=settings,
+        checkpointing=gradient_checkpointing,
+        max_length=max_length,
+        batch_size=batch_size or micro_batch,
+        micro_batch=micro_batch,
+    )
     return Plan(
         base=name,
         methods=tuple(method.name for method, _ in pairs),
@@ -146,16 +158,17 @@ def plan(
         memory=Memory(
             weights=weight_bytes(shape, added + lora, dtype, quant),
             gradients=count * 4,
-            optimizer=optimizer_bytes(count, optimizer),
-            activations=activations,
+            optimizer=load.optimizer,
+            activations={case: load.activations(micro_batch, quant, share) for case, share in LENGTH_SHARE.items()},
         ),
         flops=_flops(shape, plans, lora, max_length // 2),
         disk={
             "delta": count * 4,
-            "trainer_checkpoint": count * 4 + optimizer_bytes(count, optimizer),
+            "trainer_checkpoint": count * 4 + load.optimizer,
             "export": round(total * BYTES["bfloat16" if quant != "none" else dtype]),
         },
         notes=tuple(note for p in plans for note in p.notes),
+        per_rank=memory_per_rank(load),
     )
 
 
@@ -170,6 +183,7 @@ def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
         quant=recipe.model.quant,
         max_length=recipe.data.max_length,
         micro_batch=recipe.train.micro_batch_size or recipe.train.batch_size,
+        batch_size=recipe.train.batch_size,
         optimizer=recipe.train.optimizer,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
     )

@@ -8,6 +8,7 @@ Figures = dict[str, Any]
 """A plan as data (`Plan.as_dict()`)."""
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
+_LAYOUTS = {"ddp": "DDP", "fsdp2": "FSDP2", "qlora": "QLoRA (NF4 base, DDP)"}
 
 
 def size(count: float) -> str:
@@ -61,6 +62,14 @@ def plan_tables(plan: Figures) -> list[tuple[str, list[str], list[list[str]]]]:
             ],
         ),
         (
+            "Memory per GPU, expected",
+            ["", *(f"{ranks} GPU" + ("s" if ranks != "1" else "") for ranks in plan["memory_per_rank"]["ddp"])],
+            [
+                [_LAYOUTS[layout], *(size(one["total"]) for one in rows.values())]
+                for layout, rows in plan["memory_per_rank"].items()
+            ],
+        ),
+        (
             "Cost",
             ["", "", ""],
             [
@@ -80,7 +89,10 @@ def plan_text(plan: Figures) -> str:
     for title, columns, rows in plan_tables(plan):
         widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
         lines.append(title)
-        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        shown = [columns, *rows] if any(columns) else rows
+        lines += [
+            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in shown
+        ]
     return "\n".join([*lines, *(f"note: {note}" for note in plan["notes"])])
 
 
