@@ -34,6 +34,8 @@ from sparsmith.exporting import verify
 from sparsmith.methods import registry
 from sparsmith.recipe import load_text
 from sparsmith.recipe.schema import ModelSettings
+from sparsmith.training.state import read_state
+from tests.golden.make import GOLDEN
 from tests.kit.checkpoints import DELTA, IDENTITY, make_home
 from tests.kit.evalsets import char_tokenizer
 from tests.kit.hostile import HOSTILE
@@ -182,6 +184,24 @@ def _base_file(
     return make
 
 
+def _run_file(name: str, spoil: Callable[[random.Random, bytes], bytes]) -> Callable[[Bench, Path], Trial]:
+    """A surface that spoils the optimiser's state in a checkpoint of a run."""
+
+    def make(bench: Bench, work: Path) -> Trial:
+        folder = work / "checkpoint-4"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(GOLDEN / "v1" / "run" / "checkpoints" / "checkpoint-4", folder)
+        whole, names = (folder / name).read_bytes(), json.loads((folder / "tuner.json").read_text())["names"]
+
+        def trial(rng: random.Random, number: int) -> None:
+            (folder / name).write_bytes(spoil(rng, whole))
+            read_state(folder, names=names if number % 2 else None)
+
+        return trial
+
+    return make
+
+
 def _open_tokenizer(folder: Path) -> None:
     load_tokenizer(ModelSettings(path=str(folder))).encode("1 + 1")
 
@@ -297,6 +317,8 @@ SURFACES: dict[str, tuple[Callable[[Bench, Path], Trial], int]] = {
     "header of a base": (_base_file("model.safetensors", open_base, _header), 4),
     "tokenizer.json": (_base_file("tokenizer.json", _open_tokenizer, _json_file), 4),
     "tokenizer_config.json": (_base_file("tokenizer_config.json", _open_tokenizer, _json_file), 4),
+    "tuner.json of a run": (_run_file("tuner.json", _json_file), 5),
+    "header of an optimiser": (_run_file("optimizer.safetensors", _header), 3),
     "rows": (_rows, 20),
     "recipes": (_recipes, 20),
     "command lines": (_command_lines, 20),
