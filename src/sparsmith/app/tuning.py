@@ -130,13 +130,18 @@ class _Session:
         from sparsmith.crafting.apply import check_roles, craft
         from sparsmith.crafting.base_model import load_base
         from sparsmith.crafting.record import record_of
+        from sparsmith.training.sharding import for_reading
 
         with self._memory_told(f"loading {self.recipe.model.path}"):
             base = load_base(self.recipe.model)
             self._to_device(base)
         if self.baseline.result is None and self.data.eval:
+            cut = for_reading(base)
             self.baseline.result = self._evaluate(base)
             self.baseline.samples = self._samples(base)
+            if cut:  # crafting needs it in one piece again
+                del base
+                base = load_base(self.recipe.model)
         proven = self.recipe.proof.enabled
         configs = list(self.recipe.methods)
         self.model = craft(base, configs, inplace=True, seed=self.recipe.train.seed, proof=proven)  # type: ignore[arg-type]
@@ -258,9 +263,7 @@ class _Session:
         return told_in_bytes(what, self.plan.memory, mend, torch.device("cuda" if ranks.on_cuda() else "cpu"))
 
     def _to_device(self, model: Any) -> None:
-        import torch
-
-        if torch.cuda.is_available() and self.recipe.model.quant == "none":
+        if ranks.on_cuda() and self.recipe.model.quant == "none" and not ranks.sharded():
             model.to("cuda")
 
     def _evaluate(self, model: Any, **options: Any) -> Any:

@@ -47,6 +47,32 @@ def set_up(accelerator: Any, model: nn.Module) -> bool:
     return True
 
 
+def for_reading(model: nn.Module) -> bool:
+    """Cut a model's blocks over the ranks, in place, so that it can be measured where one device would not hold it.
+
+    Embeddings, final norm and head stay whole on every rank. Nothing can be crafted from it afterwards. Returns whether it was cut: not
+    where nothing is sharded, nor a 4-bit base, whose tensors cannot be.
+    """
+    if not ranks.sharded() or any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters()):
+        return False
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = "cuda" if ranks.on_cuda() else "cpu"
+    mesh = init_device_mesh(kind, (ranks.world(),))
+    inside = set()
+    for block in anatomy.blocks(model):
+        inside |= set(block.modules())
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    for module in model.modules():
+        if module not in inside:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(device)
+    return True
+
+
 def _on_cpu(state: Any) -> None:
     """accelerate (1.15) turns FSDP on for processes on accelerators only; of what it does then, nothing needs one."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin

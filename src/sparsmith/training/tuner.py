@@ -131,6 +131,7 @@ class Tuner(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = record
         self._read_state(checkpoint, None)
+        sharding.for_reading(self.crafted)
         self._begun = time.perf_counter()
         return TrainOutput(self.state.global_step, float("nan"), {})
 
