@@ -63,25 +63,23 @@ def loss_by_domain(runs: Sequence[Run]) -> Chart | None:
             panels.setdefault("all rows", {})[run.name] = Curve(
                 [p["step"] for p in run.steps], [p["loss"] for p in run.steps]
             )
-    if not panels:
-        return None
-    figure = plots.curves(panels, ylabel="loss, nats per answer token", colours=colours(runs), share_y=True)
-    return chart(
-        figure,
-        "Lower is better. A held-out line that turns up while the training line falls would mean overfitting.",
+    return _curves(
+        runs,
+        panels,
         "Loss by domain",
+        "Lower is better. A held-out line that turns up while the training line falls would mean overfitting.",
+        ylabel="loss, nats per answer token",
+        share_y=True,
     )
 
 
 def loss_terms(runs: Sequence[Run]) -> Chart | None:
-    panels = _by_name(runs, "terms")
-    if not panels:
-        return None
-    figure = plots.curves(panels, ylabel="value, unweighted", colours=colours(runs))
-    return chart(
-        figure,
-        "Each term of the loss as it was computed, before its weight; the balance term is 1 when all experts are used alike.",
+    return _curves(
+        runs,
+        _by_name(runs, "terms"),
         "Every term of the loss",
+        "Each term of the loss as it was computed, before its weight; the balance term is 1 when all experts are used alike.",
+        ylabel="value, unweighted",
     )
 
 
@@ -96,13 +94,12 @@ def pace(runs: Sequence[Run]) -> Chart | None:
         for key, title in names.items()
         if (found := {run.name: Curve(*_flat(run.steps, key)) for run in runs if any(key in p for p in run.steps)})
     }
-    if not panels:
-        return None
-    figure = plots.curves(panels, ylabel="", colours=colours(runs), from_zero=True)
-    return chart(
-        figure,
-        "A gradient norm that jumps marks a step to look at; a falling speed, a machine that was shared.",
+    return _curves(
+        runs,
+        panels,
         "Pace of the tuning",
+        "A gradient norm that jumps marks a step to look at; a falling speed, a machine that was shared.",
+        from_zero=True,
     )
 
 
@@ -112,13 +109,13 @@ def gradients(runs: Sequence[Run]) -> Chart | None:
         for name, lines in _by_name(runs, "health").items()
         if name.startswith("gradient/")
     }
-    if not panels:
-        return None
-    figure = plots.curves(panels, ylabel="gradient norm", colours=colours(runs), from_zero=True)
-    return chart(
-        figure,
-        "Every trained role receives a gradient; a line at 0 would be a role that does not learn.",
+    return _curves(
+        runs,
+        panels,
         "Gradient by role",
+        "Every trained role receives a gradient; a line at 0 would be a role that does not learn.",
+        ylabel="gradient norm",
+        from_zero=True,
     )
 
 
@@ -141,8 +138,8 @@ def health(runs: Sequence[Run]) -> Iterator[Chart]:
         title, meaning = _HEALTH.get(name.split("/")[-1], (name.replace("/", ": ").replace("_", " "), ""))
         titles[title] = panels[name]
         words += [f"{title}: {meaning}"] if meaning else []
-    if titles:
-        yield chart(plots.curves(titles, ylabel="", colours=colours(runs)), " ".join(words), "Health over time")
+    if over_time := _curves(runs, titles, "Health over time", " ".join(words)):
+        yield over_time
 
 
 def expert_load(run: Run) -> Iterator[Chart]:
@@ -176,6 +173,21 @@ def metric_dots(metric: Metric, runs: Sequence[Run]) -> str:
     return plots.svg(
         plots.intervals(metric.figures, xlabel=words, colours=colours(runs), percent=percent), metric.title
     )
+
+
+def _curves(
+    runs: Sequence[Run],
+    panels: dict[str, dict[str, Curve]],
+    title: str,
+    caption: str,
+    *,
+    ylabel: str = "",
+    **style: bool,
+) -> Chart | None:
+    """Panels of a curve per run; None where there is nothing to draw."""
+    if not panels:
+        return None
+    return chart(plots.curves(panels, ylabel=ylabel, colours=colours(runs), **style), caption, title)
 
 
 def _by_name(runs: Sequence[Run], group: str) -> dict[str, dict[str, Curve]]:
