@@ -22,10 +22,10 @@ from sparsmith.recipe import load_text
 from sparsmith.recipe.yaml_tree import dump_yaml, parse
 from tests.kit.checkpoints import make_home
 from tests.kit.hostile import HOSTILE
+from tests.kit.recipes import GOOD
 from tests.kit.refusals import unlike_refusal
 from tests.kit.tally import Tally
 from tests.kit.trials.strict_loading import open_base
-from tests.kit.recipes import GOOD
 
 INDEX = "model.safetensors.index.json"
 
