@@ -22,6 +22,7 @@ from tests.kit.trials import (
     kills,
     neutral,
     no_code,
+    ranks,
     same_bits,
     settling,
     signals,
@@ -185,5 +186,12 @@ def rows() -> list[Row]:
             "0 tracebacks, 0 hangs over 5 s, none opens as another function",
             "14/300 header flips load wrong names",
             fuzz.run,
+        ),
+        Row(
+            21,
+            "Many processes give one run: 2 ranks by DDP and FSDP2 against one, by torchrun and accelerate, taken up by 1, 2 and back",
+            "every step's loss, gradient norm, router health and the weights <= 1e-5 of one process; 2 then 2 bit for bit; one writer",
+            "not measured",
+            ranks.whole_trial,
         ),
     ]

@@ -38,7 +38,13 @@ def launched(
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
     elif processes > 1:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(by), "--main_process_port", port]
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    surroundings = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        **(env or {}),
+    }
     return subprocess.run(
         [sys.executable, *launcher, "-m", *module],
         cwd=cwd,

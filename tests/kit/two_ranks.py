@@ -79,7 +79,7 @@ def tune(run: str, *, sharded: bool = False, stop: int = STEPS, save: int = STEP
         "losses": {str(line["step"]): line["loss"] for line in lines},
         "balance": {str(line["step"]): line["term/pesc.balance"] for line in lines},
         "norms": {str(line["step"]): float(line["grad_norm"]) for line in lines},
-        "health": {str(line["step"]): [v for k, v in line.items() if "health/pesc/load" in k] for line in lines},
+        "health": {str(line["step"]): {k: v for k, v in line.items() if "health/pesc/load" in k} for line in lines},
         "dead": {str(line["step"]): line["health/pesc/dead_experts"] for line in lines},
         "weights": {name: whole(p.detach()).double().reshape(-1).tolist() for name, p in trained},
         "parameter_bytes": sum(part(p).nbytes for p in model.parameters()),

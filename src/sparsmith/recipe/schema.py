@@ -172,9 +172,9 @@ class TrainSettings(StrictModel):
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Exactly one of `steps` and `epochs`."""
     batch_size: PositiveInt = 16
-    """Rows per optimiser step and process, accumulation included."""
+    """Rows per optimiser step, of all processes together and accumulation included."""
     micro_batch_size: PositiveInt | None = None
-    """Rows per forward; default: `batch_size` (no accumulation). Must divide `batch_size`."""
+    """Rows per forward of one process; default: its whole share of `batch_size` (no accumulation). Must divide `batch_size`."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03

@@ -47,6 +47,26 @@ def set_up(accelerator: Any, model: nn.Module) -> bool:
     return True
 
 
+def check_deepspeed(accelerator: Any, saves: bool) -> None:
+    """Refuse what would lose work in silence.
+
+    Raises:
+        EnvironmentFault: ZeRO-3, or checkpoints under any stage.
+    """
+    stage = accelerator.state.deepspeed_plugin.zero_stage
+    if stage == 3:
+        raise EnvironmentFault(
+            "DeepSpeed", "ZeRO stage 3", "stage 0, 1 or 2", "Use FSDP2 to shard the parameters: docs/several-gpus.md."
+        )
+    if saves:
+        raise EnvironmentFault(
+            "train.save_every",
+            "checkpoints under DeepSpeed, which cuts the optimiser's state in a format of its own",
+            "no save_every",
+            "Leave it out (a cut run then starts again), or use DDP or FSDP2.",
+        )
+
+
 def for_reading(model: nn.Module) -> bool:
     """Cut a model's blocks over the ranks, in place, so that it can be measured where one device would not hold it.
 

@@ -89,6 +89,8 @@ class Tuner(Trainer):
         self.remove_callback(PrinterCallback)
         self.guard.attach(self)
         self.sharded = self.is_fsdp_enabled = sharding.set_up(self.accelerator, model)
+        if self.is_deepspeed_enabled:
+            sharding.check_deepspeed(self.accelerator, saves=self.args.save_strategy != "no")
         self.crafted: Any = model
         self._logged_at = 0
         self._begun = time.perf_counter()
@@ -184,6 +186,10 @@ class Tuner(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """One folder with everything that a resume needs: whole and in its place, or not there."""
+        if (
+            self.is_deepspeed_enabled
+        ):  # refused at the start where the recipe asks for it; the end of a run is not saved
+            return
         reshard(self.crafted)
         root = Path(str(self.args.output_dir))
         parts = {name: part.state_dict() for name, part in self._stateful().items()}
