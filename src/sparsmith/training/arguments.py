@@ -23,7 +23,7 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
     half = _autocast(settings.precision)
     _check_trackers(settings.report_to)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=micro,
@@ -55,6 +55,9 @@ def training_arguments(settings: TrainSettings, folder: Path, steps: int) -> Tra
             eval_strategy="no",
             log_level="error",
         )
+        # started once on a machine with several GPUs, the Trainer would copy the model to each (DataParallel) and multiply the batch
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
     except (ValueError, ImportError) as fault:
         raise MethodError(
             "train",
@@ -89,4 +92,4 @@ def _check_trackers(names: tuple[str, ...]) -> None:
 def _autocast(precision: str) -> str:
     if precision != "auto":
         return precision
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if ranks.on_cuda() and torch.cuda.is_bf16_supported() else "float32"

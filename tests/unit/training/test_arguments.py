@@ -34,3 +34,11 @@ def test_a_tracker_that_is_not_there_is_named(tmp_path):
 def test_an_unknown_optimiser_is_named(tmp_path):
     with pytest.raises(MethodError, match="no_such_optimizer"):
         made(tmp_path, optimizer="no_such_optimizer")
+
+
+def test_one_process_on_a_machine_with_several_gpus_uses_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: getattr(self, "_n_gpu", 8)))
+    monkeypatch.setattr(
+        "transformers.TrainingArguments._setup_devices", property(lambda self: setattr(self, "_n_gpu", 8))
+    )
+    assert made(tmp_path, batch_size=12)._n_gpu == 1
