@@ -88,8 +88,8 @@ def wait() -> None:
     from torch import distributed
 
     if distributed.is_initialized():
-        # a sum of a host tensor, because `barrier` would pick the device that nccl likes
-        distributed.all_reduce(torch.zeros(1))
+        # a sum, because `barrier` guesses a device
+        distributed.all_reduce(torch.zeros(1, device=_message_device()))
 
 
 def tell(text: str) -> str:
@@ -99,10 +99,10 @@ def tell(text: str) -> str:
     import torch
     from torch import distributed
 
-    data = list(text.encode()) if is_first() else []
-    size = torch.tensor(len(data))
+    device, data = _message_device(), list(text.encode()) if is_first() else []
+    size = torch.tensor(len(data), device=device)
     distributed.broadcast(size, src=0)
-    letters = torch.tensor(data, dtype=torch.uint8) if is_first() else torch.empty(int(size), dtype=torch.uint8)
+    letters = torch.tensor(data or [0] * int(size), dtype=torch.uint8, device=device)
     distributed.broadcast(letters, src=0)
     return bytes(letters.tolist()).decode()
 
@@ -152,6 +152,13 @@ def rows_per_rank(batch_size: int, micro: int | None) -> tuple[int, int]:
             "Change train.micro_batch_size, or the number of processes.",
         )
     return micro, share // micro
+
+
+def _message_device() -> str:
+    """Where a small message lies: in host memory, unless the processes were joined by somebody else with nccl alone."""
+    from torch import distributed
+
+    return "cpu" if "cpu:" in str(distributed.get_backend_config()) else "cuda"
 
 
 def _flag(name: str) -> bool:
