@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsmith import durable
 from sparsmith.data import cache, mixture
 from sparsmith.data.chat import make_encoder
 from sparsmith.data.collate import Collator, pad_id_of
@@ -197,9 +198,5 @@ def write_rejects(folder: Path, rejects: dict[str, list[Reject]]) -> None:
     """One jsonl file per source with bad rows: file, line, reason, raw."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in rejects.items():
-        target = folder / (re.sub(r"[^\w.\-]", "_", name) + ".jsonl")
-        temporary = target.with_suffix(".part")
-        temporary.write_text(
-            "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-        )
-        temporary.replace(target)
+        lines = "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
+        durable.write_text(folder / (re.sub(r"[^\w.\-]", "_", name) + ".jsonl"), lines)
