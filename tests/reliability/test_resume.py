@@ -73,3 +73,14 @@ def test_the_same_seed_gives_the_same_bits(uncut, tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(uncut, tmp_path):
     with pytest.raises(CheckpointMismatch, match="adapter_scale"):
         tuner(tmp_path, adapter_scale=0.5).train(resume_from_checkpoint=f"{uncut.args.output_dir}/checkpoint-6")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_nothing_is_saved_that_was_not_asked_for(tmp_path, asked):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    model = sm.craft(pico_model("llama"), sm.PescConfig(**CONFIG), seed=3)
+    rows = {"train_dataset": RowDataset(20), "data_collator": pad_rows}
+    sm.Tuner(model=model, args=args, save_at_end=asked, moved_after=None, **rows).train()
+    assert [path.name for path in tmp_path.iterdir()] == (["checkpoint-2"] if asked else [])

@@ -176,6 +176,7 @@ class _Session:
             domains=self.data.domains,
             moved_after=recipe.proof.looks_after,
             proven=self._moved,
+            save_at_end=True,
             callbacks=[recorder],
         )
         if recipe.train.dry_step:

@@ -45,6 +45,7 @@ class Tuner(Trainer):
         domains: names of the domains, for losses by domain.
         moved_after: optimiser steps after which every trained role must have changed; None = do not prove it.
         proven: called with the proof's record.
+        save_at_end: write a checkpoint after the last step even where `args` ask for none.
         callbacks: further callbacks.
         kwargs: anything else that the Trainer takes.
     """
@@ -59,6 +60,7 @@ class Tuner(Trainer):
         domains: Sequence[str] = (),
         moved_after: int | None = 20,
         proven: Callable[[dict[str, Any]], None] | None = None,
+        save_at_end: bool = False,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -76,7 +78,7 @@ class Tuner(Trainer):
         self.health = Health(model)
         self.roles_move = RolesMove(model, moved_after, proven) if moved_after is not None else None
         self.guard = Guard(model, getattr(train_dataset, "place", None))
-        own: list[TrainerCallback] = [Streams(), self.guard, self.health, Saving()]
+        own: list[TrainerCallback] = [Streams(), self.guard, self.health, Saving(save_at_end)]
         own += [self.roles_move] if self.roles_move else []
         super().__init__(
             model=Objective(model, domains=len(domains)),

@@ -1,4 +1,4 @@
-"""When a run saves: every `save_steps`, and at its end whatever the settings, so that what follows the training can be done again."""
+"""When a run saves: as the Trainer's settings say, and at its end where asked, so that what follows the training can be done again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from transformers import TrainerCallback
 
 
 class Saving(TrainerCallback):
-    """Asks for a checkpoint after the last step, and for a log line before every checkpoint.
+    """Asks for a log line before every checkpoint, and with `at_end` for a checkpoint after the last step.
 
     The line closes the window of figures: a resumed run starts an empty one where the uncut run starts one too, so their lines are equal.
     """
 
+    def __init__(self, at_end: bool) -> None:
+        self._at_end = at_end
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save = control.should_save or state.global_step >= state.max_steps
+        control.should_save = control.should_save or (self._at_end and state.global_step >= state.max_steps)
         control.should_log = control.should_log or control.should_save
