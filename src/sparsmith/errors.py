@@ -81,10 +81,22 @@ class UnsupportedAnatomy(SparsmithError):
     exit_code = 5
 
 
+class UnknownAnatomy(UnsupportedAnatomy):
+    """A family without a row in sparsmith.anatomy."""
+
+
+class CrossLayerStateError(UnsupportedAnatomy):
+    """Blocks that share state beyond the hidden state, so that the last ones cannot be left out."""
+
+
 class MethodError(SparsmithError):
     """A method's setting that cannot have its effect on this model, or methods that cannot be combined."""
 
     exit_code = 6
+
+
+class TiedHeadError(MethodError):
+    """A head that shall train apart from the embeddings it is tied to."""
 
 
 class CheckpointError(SparsmithError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparsmith.errors import UnsupportedAnatomy, nearest
+from sparsmith.errors import CrossLayerStateError, UnknownAnatomy, UnsupportedAnatomy, nearest
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -93,6 +93,24 @@ _ROWS: list[Anatomy] = [
     ),
 ]
 
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
+"""Config fields that hold one entry per block, in families known today; whoever takes blocks out cuts them too."""
+
+# config fields that mean state which crosses blocks -> what it is
+_CROSS_LAYER = {
+    "num_kv_shared_layers": "blocks that reuse the keys and values of earlier ones",
+    "kv_sharing_modes": "blocks that reuse the keys and values of earlier ones",
+    "altup_num_inputs": "alternating updates of several residual streams",
+    "hidden_size_per_layer_input": "embeddings that every block reads anew",
+    "laurel_rank": "learned augmented residuals",
+    "num_nextn_predict_layers": "blocks that predict further tokens",
+    "mtp_num_hidden_layers": "blocks that predict further tokens",
+    "linear_num_key_heads": "linear attention, whose state is no cache of keys and values",
+    "mamba_d_state": "state-space blocks, whose state is no cache of keys and values",
+    "ssm_state_size": "state-space blocks, whose state is no cache of keys and values",
+}
+_PLAIN_LAYER_TYPES = ("full_attention", "sliding_attention")
+
 # config fields that only mixtures of experts have
 _MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
@@ -126,6 +144,19 @@ def base_config(config: Any) -> Any:
     return config if inner is None else inner
 
 
+def cross_layer_state(config: Any) -> str:
+    """What in this config makes a block depend on more than the hidden state of the one before; empty where nothing does."""
+    config = base_config(config)
+    config = getattr(config, "text_config", None) or config
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder whose output every decoder block reads"
+    for field, what in _CROSS_LAYER.items():
+        if getattr(config, field, None):
+            return f"{what} ({field})"
+    other = [kind for kind in getattr(config, "layer_types", None) or () if kind not in _PLAIN_LAYER_TYPES]
+    return f"blocks of the kind `{other[0]}` (layer_types)" if other else ""
+
+
 def of(config: Any) -> Anatomy:
     """The row of a model's config (a crafted model's too). Raises `UnsupportedAnatomy` for other families and for MoE models."""
     config = base_config(config)
@@ -133,6 +164,14 @@ def of(config: Any) -> Anatomy:
     for row in _ROWS:
         if model_type in row.model_types:
             return row
+    crossing = cross_layer_state(config)
+    if crossing:
+        raise CrossLayerStateError(
+            f"{type(config).__name__} (model_type {model_type})",
+            crossing,
+            "blocks that read nothing but the hidden state of the block before",
+            "Take a family with a row in sparsmith.anatomy: " + ", ".join(families()) + ".",
+        )
     moe_field = next((field for field in _MOE_FIELDS if getattr(config, field, None)), None)
     if moe_field or "moe" in model_type:
         raise UnsupportedAnatomy(
@@ -141,7 +180,7 @@ def of(config: Any) -> Anatomy:
             "a dense model",
             "Start from the dense model of this family.",
         )
-    raise UnsupportedAnatomy(
+    raise UnknownAnatomy(
         f"{type(config).__name__}.model_type",
         f"`{model_type}`",
         "a family with a row in sparsmith.anatomy",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsmith.anatomy.rows import Anatomy, base_config, of
+from sparsmith.anatomy.rows import Anatomy, base_config, cross_layer_state, of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,12 @@ class ModelShape:
     biases: frozenset[str]
     """Names of the linears that have a bias."""
     norm_params: int
+    final_norm_params: int
+    """Of them, those of the norm before the head."""
+    attention_kinds: tuple[str, ...] = ()
+    """`full_attention` or `sliding_attention` of each block; () = all alike."""
+    cross_layer: str = ""
+    """What ties the blocks together so that the last ones cannot be left out; empty where nothing does."""
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -117,4 +123,7 @@ def shape_of(config: Any) -> ModelShape:
         ffn_linears=ffn,
         biases=_biases(row, config, attention, ffn),
         norm_params=_norms(row, hidden, layers, head_dim, queries, keys),
+        final_norm_params=2 * hidden if row.norm_bias else hidden,
+        attention_kinds=tuple(getattr(config, "layer_types", None) or ()),
+        cross_layer=cross_layer_state(config),
     )

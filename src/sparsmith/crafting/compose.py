@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparsmith.errors import MethodError
 from sparsmith.methods import registry
-from sparsmith.methods.base import MethodConfig
+from sparsmith.methods.base import LoraSettings, Method, MethodConfig
 
 
 def check_composition(configs: Sequence[MethodConfig]) -> None:
@@ -29,8 +29,27 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
                     "methods that can be combined",
                     method.conflicts[other],
                 )
+    _check_lora(list(zip(methods, configs)))
     owners = [method.name for method in methods if method.owns_objective]
     if len(owners) > 1:
         raise MethodError(
             "methods", " and ".join(owners), "at most one method that owns the task loss", "Drop one of them."
         )
+
+
+def _check_lora(parts: Sequence[tuple[Method, MethodConfig]]) -> None:
+    """A LoRA on linears that are trained themselves would have no purpose."""
+    whole = [method.name for method, config in parts if method.trains_base(config)]
+    asking = [method.name for method, config in parts if (lora := _lora(method, config)) is not None and lora.enabled]
+    if whole and asking:
+        raise MethodError(
+            "methods",
+            f"a LoRA asked for by `{asking[0]}` where `{whole[0]}` trains the linears themselves",
+            "one of the two",
+            f"Set {asking[0]}.lora.enabled to false, or {whole[0]}.tune to lora.",
+        )
+
+
+def _lora(method: Method, config: MethodConfig) -> LoraSettings | None:
+    settings = getattr(config, "lora", None)
+    return settings if isinstance(settings, LoraSettings) and not method.trains_base(config) else None

@@ -161,7 +161,7 @@ def plan(
             optimizer=load.optimizer,
             activations={case: load.activations(micro_batch, quant, share) for case, share in LENGTH_SHARE.items()},
         ),
-        flops=_flops(shape, plans, lora, max_length // 2),
+        flops=_flops(shape, plans, lora, max_length // 2, any(method.trains_base(c) for method, c in pairs)),
         disk={
             "delta": count * 4,
             "trainer_checkpoint": count * 4 + load.optimizer,
@@ -189,16 +189,17 @@ def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
     )
 
 
-def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int) -> Flops:
+def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool) -> Flops:
     """Forward: 2 per weight of blocks and head, and 4 * heads * head_dim per attended token and block (scores, values).
 
-    Training: the frozen weights are passed forward and once backward (to their inputs), trained ones twice backward.
+    Training: the frozen weights are passed forward and once backward (to their inputs), trained ones twice backward;
+    `whole`: the base itself trains.
     """
     linear = shape.layers * sum(i * o for i, o in shape.linears.values()) + shape.vocab * shape.hidden
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)
-    return Flops(base, base + added, 2 * base + 3 * added + 6 * lora, context)
+    return Flops(base, base + added, (3 if whole else 2) * base + 3 * added + 6 * lora, context)
 
 
 def _config_of(base: Any) -> tuple[str, Any]:

@@ -88,6 +88,28 @@ class LossTerm:
 
 
 @dataclass(frozen=True)
+class TaskLoss:
+    """The task loss of a method that owns the objective, of one micro-batch."""
+
+    value: Tensor
+    """Scalar: this micro-batch's part of the loss of the whole accumulated batch."""
+    token_losses: Tensor | None = None
+    """(P,) detached losses of the labelled positions, for losses by domain; None where they were not computed."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """The run that a method's own run must be held against: same rows, steps and rates, only the loss differs."""
+
+    config: MethodConfig | None
+    """The method's settings in the control; None where the base itself is the control."""
+    run: str | None
+    """Folder of a control that was trained before; None = train it."""
+    max_loss_gap: float
+    """Nats by which the full model's held-out loss may exceed the control's."""
+
+
+@dataclass(frozen=True)
 class CraftContext:
     """What craft may need beside the model and its settings."""
 
@@ -124,10 +146,6 @@ class Method:
     """True where the method computes the task loss itself; at most one of a composition may."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method's name -> why the two cannot be combined."""
-    leaves_idle: ClassVar[bool] = False
-    """True where a step may leave a trained tensor without a gradient (a depth that is not run): DDP must then look for such tensors,
-    which costs a walk through the graph in every step."""
-
     def plan(self, config: Any, anatomy: Anatomy, shape: ModelShape) -> MethodPlan:
         """Count, from shapes alone, what `craft` will do. Must agree to the unit with the built model."""
         raise NotImplementedError
@@ -158,9 +176,36 @@ class Method:
         """Names of the terms that the config asks for: each must be there, finite and with a gradient."""
         return ()
 
-    def task_loss(self, model: nn.Module, config: Any, batch: Batch, num_items: Tensor | int) -> Tensor:
+    def leaves_idle(self, config: Any) -> bool:
+        """True where a step may leave a trained tensor without a gradient (a depth that is not run): DDP must then look for such
+        tensors, which costs a walk through the graph in every step, and FSDP cannot be used."""
+        return False
+
+    def trains_base(self, config: Any) -> bool:
+        """True where the base's linears themselves are trained, so that a LoRA on them would have no purpose."""
+        return False
+
+    def task_loss(self, model: nn.Module, config: Any, batch: Batch, num_items: Tensor | int) -> TaskLoss:
         """Only where `owns_objective`: the task loss in place of the plain cross-entropy."""
         raise NotImplementedError
+
+    def depths(self, config: Any, layers: int) -> tuple[int, ...]:
+        """The depths, in blocks, at which the model may be read out, ascending, the last being `layers`; () = only the full one."""
+        return ()
+
+    def tail_at(self, model: nn.Module, config: Any, depth: int) -> tuple[nn.Module, ...]:
+        """Blocks of the method's own that follow block `depth` when the model is read out there."""
+        return ()
+
+    def cut(self, view: Any, config: Any, depth: int, layers: int) -> MethodConfig | None:
+        """Make the method's part of `view`, which has the first `depth` of `layers` blocks and the tail alone, that of a model of this
+        size; returns the settings that describe it, None where nothing of the method is left. Modules are shared with the model:
+        replace, never change them."""
+        return config
+
+    def control(self, config: Any) -> Control | None:
+        """What this method's run is held against, or None."""
+        return None
 
     def after_forward(self, model: nn.Module, config: Any) -> None:
         """Drop what was held for one step (route logits, samples). Called after the backward of every micro-batch."""

@@ -83,7 +83,8 @@ class Objective(nn.Module):
             task, statistics = self._task_loss(batch, items)
         else:
             method, config = self._owner
-            task, statistics = method.task_loss(self.model, config, batch, items), {}
+            owned = method.task_loss(self.model, config, batch, items)
+            task, statistics = owned.value, self._by_domain(batch, owned.token_losses)
         total = task
         terms = {TASK: task.detach()}
         found = self._method_terms(batch)
@@ -124,11 +125,12 @@ class Objective(nn.Module):
         targets = batch.labels[:, 1:]
         keep = targets.ne(-100)
         losses = token_cross_entropy(lambda h: anatomy.logits_of(self.model, h), hidden[:, :-1][keep], targets[keep])
-        return losses.sum() / items, self._by_domain(batch, keep, losses.detach())
+        return losses.sum() / items, self._by_domain(batch, losses.detach())
 
-    def _by_domain(self, batch: Batch, keep: Tensor, losses: Tensor) -> dict[str, Tensor]:
-        if batch.domain is None or not self.domains:
+    def _by_domain(self, batch: Batch, losses: Tensor | None) -> dict[str, Tensor]:
+        if batch.domain is None or not self.domains or losses is None:
             return {}
+        keep = batch.labels[:, 1:].ne(-100)
         # one slot more than domains: tokens of no domain (-1) fall into the last and are cut off
         index = batch.domain[:, 1:][keep] % (self.domains + 1)
         sums = losses.new_zeros(self.domains + 1).index_add_(0, index, losses)

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsmith import anatomy, ranks
 from sparsmith.crafting.delta import remember_frozen
+from sparsmith.crafting.record import record_of
 from sparsmith.errors import EnvironmentFault
 
 
@@ -35,6 +36,14 @@ def set_up(accelerator: Any, model: nn.Module) -> bool:
             str(plugin.fsdp_version),
             "2",
             "Launch with --fsdp_version 2, or set FSDP_VERSION=2.",
+        )
+    idle = [method.name for method, config in record_of(model).parts if method.leaves_idle(config)]
+    if idle:
+        raise EnvironmentFault(
+            "FSDP",
+            f"settings of `{idle[0]}` that leave blocks out of a step",
+            "every block called in every step",
+            "Use schedule all and no layer dropout, or DDP.",
         )
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 

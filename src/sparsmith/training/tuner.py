@@ -70,7 +70,7 @@ class Tuner(Trainer):
         # the Trainer would replace a NaN loss by the running mean; here it stops the run
         args.logging_nan_inf_filter = False
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = any(method.leaves_idle for method, _ in record.parts)
+            args.ddp_find_unused_parameters = any(method.leaves_idle(config) for method, config in record.parts)
         if getattr(train_dataset, "ordered", False):
             args.train_sampling_strategy = "sequential"
         self.parts = record.parts
