@@ -1,5 +1,28 @@
-"""Using a model: text, whole or streamed."""
+"""Using a model: text, whole or streamed, at any of its depths."""
 
-from sparsmith.inference.generate import generate, stream_text
+from sparsmith.inference.budget import depth_for
+from sparsmith.inference.calibrate import Calibration, calibrate
+from sparsmith.inference.early_exit import ExitStats
+from sparsmith.inference.faults import BudgetTooSmall, ModeConflict, ProfileMissing
+from sparsmith.inference.generate import Generated, generate, stream_text
+from sparsmith.inference.profile import Profile, measure_profile
+from sparsmith.inference.runner import DepthRunner
+from sparsmith.inference.speculative import SelfSpeculation, SpeculationStats
 
-__all__ = ["generate", "stream_text"]
+__all__ = [
+    "BudgetTooSmall",
+    "Calibration",
+    "DepthRunner",
+    "ExitStats",
+    "Generated",
+    "ModeConflict",
+    "Profile",
+    "ProfileMissing",
+    "SelfSpeculation",
+    "SpeculationStats",
+    "calibrate",
+    "depth_for",
+    "generate",
+    "measure_profile",
+    "stream_text",
+]

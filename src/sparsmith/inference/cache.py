@@ -20,6 +20,11 @@ _FIRST = 64  # tokens that a new buffer has room for beyond what it is given
 class GrowingLayer(DynamicLayer):
     """One block's keys and values. `keys` and `values` are views (B, H, S, P) of the filled part of the buffers."""
 
+    keys: Tensor
+    values: Tensor
+    _keys: Tensor
+    _values: Tensor
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, H, new, P) and return all."""
         if not self.is_initialized:
@@ -64,19 +69,20 @@ class SegmentCache(Cache):
 
     def __init__(self, layers: Sequence[GrowingLayer], first: int) -> None:
         super().__init__(layers=list(layers))
+        self.own = tuple(layers)
         self.first = first
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        return self.layers[layer_idx - self.first].update(key_states, value_states, *args, **kwargs)
+        return self.own[layer_idx - self.first].update(key_states, value_states, *args, **kwargs)
 
     @property
     def length(self) -> int:
         """Tokens that every one of these blocks holds."""
-        return self.layers[0].get_seq_length() if self.layers else 0
+        return self.own[0].get_seq_length() if self.own else 0
 
     def cut_to(self, length: int) -> None:
         """Drop all tokens from the one at `length` on."""
-        for layer in self.layers:
+        for layer in self.own:
             layer.crop(min(0, length - layer.get_seq_length()))

@@ -2,7 +2,7 @@
 
     runner = DepthRunner(model, (2, 6))         segments: blocks 1..2 and 3..6
     state = runner.advance(0, ids)              tokens through the first segment
-    runner.logits(0, state.readable[:, -1:])    what the model says at depth 2
+    runner.logits(0, state.readable[:, -1])     what the model says at depth 2
     runner.advance(1, state.hidden)             the same tokens through the rest
 
 The family's own decoder runs each segment (`anatomy.views`), so its masks, rotary positions and sliding windows hold, and nothing of the
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparsmith import anatomy
 from sparsmith.anatomy import views
-from sparsmith.crafting.record import CraftRecord
+from sparsmith.crafting.slices import at_depth, depths_of
 from sparsmith.inference.cache import GrowingLayer, SegmentCache
 
 
@@ -44,6 +44,9 @@ class Segment:
     run: Any
     """The decoder over these blocks."""
     cache: SegmentCache
+    norm: nn.Module
+    reader: Any
+    """The sub-model whose head reads here."""
     tail: Any = None
     tail_cache: SegmentCache | None = None
 
@@ -63,10 +66,7 @@ class DepthRunner:
     """
 
     def __init__(self, model: nn.Module, depths: Sequence[int], *, mask: Tensor | None, room: int) -> None:
-        self.model = model
-        base = anatomy.base_of(model)
-        self.norm = anatomy.walk(base, anatomy.anatomy_of(model).norm)
-        self.device = cast(Tensor, next(base.parameters())).device
+        self.device = next(model.parameters()).device
         self.depths = tuple(depths)
         self.segments = [
             _segment(model, start, stop) for start, stop in zip((0, *self.depths[:-1]), self.depths, strict=True)
@@ -90,9 +90,10 @@ class DepthRunner:
             found.append(readable)
         return found
 
-    def logits(self, readable: Tensor) -> Tensor:
-        """(B, S, V) float32 (float64 for a float64 model) of readable states."""
-        logits = anatomy.logits_of(self.model, self.norm(readable))
+    def logits(self, index: int, readable: Tensor) -> Tensor:
+        """(..., V) of readable states (..., D) at the end of segment `index`; float32, float64 for a float64 model."""
+        segment = self.segments[index]
+        logits = anatomy.logits_of(segment.reader, segment.norm(readable))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def length(self, index: int) -> int:
@@ -107,7 +108,7 @@ class DepthRunner:
 
     def keys_and_values(self) -> list[tuple[Tensor, Tensor]]:
         """(B, H, S, P) each, block by block, the exits' own blocks left out."""
-        return [(layer.keys, layer.values) for segment in self.segments for layer in segment.cache.layers]  # type: ignore[misc]
+        return [(layer.keys, layer.values) for segment in self.segments for layer in segment.cache.own]
 
     def _run(self, decoder: Any, cache: SegmentCache, name: str, given: Tensor) -> Tensor:
         start = cache.length
@@ -126,26 +127,15 @@ def _segment(model: nn.Module, start: int, stop: int) -> Segment:
     here = range(start, stop)
     run = views.backbone_of(model, blocks[start:stop], here, embeds=start == 0)
     cache = SegmentCache([GrowingLayer() for _ in here], start)
-    tail = tail_blocks(model, stop)
+    # an exit that was tuned is read out as its own sub-model would be; any other depth by the model's norm and head
+    reader = at_depth(model, stop) if stop in depths_of(model) else model
+    norm = anatomy.walk(anatomy.base_of(reader), anatomy.anatomy_of(reader).norm)
+    tail = list(anatomy.blocks(reader))[stop:] if reader is not model else []
     if not tail:
-        return Segment(stop, run, cache)
+        return Segment(stop, run, cache, norm, reader)
     stand_for = [min(stop + place, len(blocks) - 1) for place in range(len(tail))]
     tail_cache = SegmentCache([GrowingLayer() for _ in tail], stop)
-    return Segment(stop, run, cache, views.backbone_of(model, tail, stand_for), tail_cache)
-
-
-def tail_blocks(model: nn.Module, depth: int) -> tuple[nn.Module, ...]:
-    """The blocks that the model's methods put behind block `depth` for its exit; none at the full depth."""
-    record = getattr(model, "sparsmith", None)
-    if not isinstance(record, CraftRecord) or depth == len(anatomy.blocks(model)):
-        return ()
-    layers = len(anatomy.blocks(model))
-    return tuple(
-        block
-        for method, config in record.parts
-        if depth in method.depths(config, layers)
-        for block in method.tail_at(model, config, depth)
-    )
+    return Segment(stop, run, cache, norm, reader, views.backbone_of(model, tail, stand_for), tail_cache)
 
 
 def _mask_and_places(mask: Tensor | None, room: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
