@@ -58,6 +58,26 @@ class RunFolder:
         return self.root / "proof.json"
 
     @property
+    def bench(self) -> Path:
+        """Speed and memory by depth and way, beside the base."""
+        return self.root / "bench.json"
+
+    @property
+    def exits(self) -> Path:
+        """Where tokens left at the confidence exits."""
+        return self.root / "exits.json"
+
+    @property
+    def profile(self) -> Path:
+        """Milliseconds per token by depth, which a budget in milliseconds reads."""
+        return self.root / "soft_profile.json"
+
+    @property
+    def thresholds(self) -> Path:
+        """Calibrated thresholds of the confidence exits."""
+        return self.root / "soft_thresholds.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsmith.app.recipes import load_recipe
 from sparsmith.errors import UsageError
-from sparsmith.runs import is_run, open_run
+from sparsmith.runs import RunFolder, is_run, open_run
 
 if TYPE_CHECKING:
+    from sparsmith.app.spent import Spent
     from sparsmith.recipe.schema import Recipe
 
 
@@ -68,19 +70,51 @@ def generate(
     top_p: float = 1.0,
     seed: int = 42,
     raw: bool = False,
+    on_done: Callable[[Spent], None] | None = None,
+    **mode: Any,
 ) -> Iterator[str]:
     """The answer to a prompt, piece by piece; greedy at temperature 0. The run's template (or the chat template) is put around it
-    unless `raw`."""
+    unless `raw`.
+
+    Args:
+        on_done: called at the end with what it took.
+        mode: one of `depth`, `budget`, `exit_threshold`, `self_speculative` with its settings, as `inference.generate` takes them. A
+            budget in milliseconds without `profile`, and the exit threshold `calibrated`, read the run's own files.
+    """
     from transformers import set_seed
 
+    from sparsmith.app.spent import Spent
     from sparsmith.data import render_prompt
     from sparsmith.inference import stream_text
 
+    mode = _with_own_files(target, mode)
     model, tokenizer, recipe = load_model(target)
     ids = render_prompt(prompt, tokenizer, None if recipe is None else recipe.data.template, raw=raw)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     set_seed(seed)
-    yield from stream_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, **drawn)
+    whole: list[Any] = []
+    started = time.perf_counter()
+    yield from stream_text(model, tokenizer, ids, max_new_tokens=max_new_tokens, on_done=whole.append, **drawn, **mode)
+    if on_done is not None:
+        seconds, done = time.perf_counter() - started, whole[0]
+        on_done(Spent(done.ids.shape[1] - len(ids), seconds, model.config.num_hidden_layers, done.stats))
+
+
+def _with_own_files(target: str | Path, mode: dict[str, Any]) -> dict[str, Any]:
+    """A run's profile and thresholds in the place of none and of the word `calibrated`.
+
+    Raises:
+        UsageError: thresholds that nobody has calibrated.
+    """
+    run = RunFolder(Path(target))
+    if isinstance(mode.get("budget"), str) and mode.get("profile") is None and run.root.is_dir():
+        mode = {**mode, "profile": run.profile}
+    if mode.get("exit_threshold") == "calibrated":
+        if not run.thresholds.is_file():
+            mend = "Write them with `sparsmith bench RUN --calibrate 0.98`."
+            raise UsageError(str(run.thresholds), "no such file", "calibrated thresholds of this run", mend)
+        mode = {**mode, "exit_threshold": run.thresholds}
+    return mode
 
 
 def export(target: str | Path, out: str | Path, **options: Any) -> Any:

@@ -184,10 +184,10 @@ def stream_text(
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
-    on_stats: Callable[[Stats | None], None] | None = None,
+    on_done: Callable[[Generated], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Pieces of the answer as they come; `options` as of `generate`. `on_stats` is called with the statistics at the end.
+    """Pieces of the answer as they come; `options` as of `generate`. `on_done` is called with ids and statistics at the end.
 
     Raises:
         UsageError: the prompt leaves no room in the model's context.
@@ -205,11 +205,11 @@ def stream_text(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = torch.tensor([prompt_ids], device=model.device)
     fault: list[BaseException] = []
-    stats: list[Stats | None] = []
+    whole: list[Generated] = []
 
     def work() -> None:
         try:
-            done = generate(
+            done: Generated = generate(
                 model,
                 ids,
                 max_new_tokens=max_new_tokens,
@@ -218,7 +218,7 @@ def stream_text(
                 return_stats=True,
                 **options,
             )
-            stats.append(done.stats)
+            whole.append(done)
         except BaseException as error:  # handed to the caller's thread below
             fault.append(error)
             streamer.end()
@@ -229,5 +229,5 @@ def stream_text(
     thread.join()
     if fault:
         raise fault[0]
-    if on_stats is not None:
-        on_stats(stats[0])
+    if on_done is not None:
+        on_done(whole[0])

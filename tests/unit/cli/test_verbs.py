@@ -17,7 +17,8 @@ VERBS: dict[str, set[str]] = {
     "plan": OVERRIDES,
     "tune": OVERRIDES,
     "eval": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--seed"},
-    "generate": {"RUN|MODEL", "--prompt", "-p", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--raw"},
+    "generate": {"RUN|MODEL", "--prompt", "-p", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--raw"}
+    | {"--depth", "--budget", "--exit-threshold", "--visit", "--self-speculative", "--profile", "--stats"},
     "export": {"RUN", "OUT", "--dtype", "--fold-scale", "--proof", "--no-proof"},
     "report": {"RUN...", "--out"},
     "verify": {"DIR"},
