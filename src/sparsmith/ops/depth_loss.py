@@ -97,14 +97,69 @@ def chunk_losses(
     logits_CV: Tensor, labels_C: Tensor, kl: Distillation | None, full_CV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The loss of each position of a chunk and its pure cross-entropy, (C,) float32 each. `full_CV` are detached logits."""
-    logits_CV = logits_CV.float()
+    logits_CV = wide(logits_CV)
     entropy_C = F.cross_entropy(logits_CV, labels_C, reduction="none")
     if kl is None or full_CV is None:
         return entropy_C, entropy_C
     log_q = F.log_softmax(logits_CV / kl.temperature, -1)
-    log_p = F.log_softmax(full_CV.float() / kl.temperature, -1)
+    log_p = F.log_softmax(wide(full_CV) / kl.temperature, -1)
     divergence_C = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return (1 - kl.weight) * entropy_C + kl.weight * kl.temperature**2 * divergence_C, entropy_C
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _row_products(a_CV: Tensor, b_CV: Tensor) -> Tensor:
+    """sum_V a b, (C,), without the elementwise product."""
+    return torch.bmm(a_CV[:, None, :], b_CV[:, :, None])[:, 0, 0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The full depth's distribution over a chunk, at the temperature."""
+
+    p_CV: Tensor
+    entropy_C: Tensor
+
+
+def losses_and_gradient(
+    logits_CV: Tensor, labels_C: Tensor, kl: Distillation | None, target: Target | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunk_losses` and the gradient of its first result by the logits, written over `logits_CV` (detached, at least float32).
+
+    CE: softmax(z) - onehot. KL: w T (softmax(z / T) - p), from w T^2 KL by the chain rule through z / T.
+    """
+    rows = labels_C[:, None]
+    picked_C, lse_C = logits_CV.gather(1, rows)[:, 0], logits_CV.logsumexp(-1)
+    entropy_C = lse_C - picked_C
+    if kl is None or target is None:
+        gradient_CV = logits_CV.sub_(lse_C[:, None]).exp_()
+        return entropy_C, entropy_C, gradient_CV.scatter_add_(1, rows, -torch.ones_like(entropy_C)[:, None])
+    w, heat = kl.weight, kl.temperature
+    if heat == 1.0:
+        cross_C = lse_C - _row_products(target.p_CV, logits_CV)
+        gradient_CV = logits_CV.sub_(lse_C[:, None]).exp_().sub_(target.p_CV, alpha=w)
+    else:
+        hot_CV = logits_CV / heat
+        hot_lse_C = hot_CV.logsumexp(-1)
+        cross_C = hot_lse_C - _row_products(target.p_CV, hot_CV)
+        hot_CV.sub_(hot_lse_C[:, None]).exp_().sub_(target.p_CV)
+        gradient_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(1 - w).add_(hot_CV, alpha=w * heat)
+    gradient_CV.scatter_add_(1, rows, torch.full_like(entropy_C, w - 1)[:, None])
+    loss_C = (1 - w) * entropy_C + w * heat**2 * (cross_C - target.entropy_C)
+    return loss_C, entropy_C, gradient_CV
+
+
+@torch.no_grad()
+def _target(full: Exit | None, kl: Distillation | None, part: slice) -> Target | None:
+    if full is None or kl is None:
+        return None
+    log_p = F.log_softmax(wide(full.logits(full.hidden[part])) / kl.temperature, -1)
+    p = log_p.exp()
+    return Target(p, -_row_products(p, log_p))
 
 
 @torch.no_grad()
@@ -123,14 +178,17 @@ def _parts(count: int, chunk: int) -> list[slice]:
 def _checkpointed(
     exits: Sequence[Exit], labels_P: Tensor, chunk: int, kl: Distillation | None, full: Exit | None
 ) -> tuple[Tensor, Tensor]:
-    losses_EP = torch.zeros(len(exits), len(labels_P), device=labels_P.device)
+    kind = torch.promote_types(exits[0].hidden.dtype, torch.float32)
+    losses_EP = torch.zeros(len(exits), len(labels_P), device=labels_P.device, dtype=kind)
     sums = []
     for part in _parts(len(labels_P), chunk):
         full_CV = _full_logits(full, kl, part)
         for row, exit in enumerate(exits):
             own = _distilled(exit, kl, full)
 
-            def piece(hidden: Tensor, exit: Exit = exit, own: Any = own, full_CV: Any = full_CV, part: slice = part) -> Any:
+            def piece(
+                hidden: Tensor, exit: Exit = exit, own: Any = own, full_CV: Any = full_CV, part: slice = part
+            ) -> Any:
                 return chunk_losses(exit.logits(hidden), labels_P[part], own, full_CV)
 
             hidden_CD = exit.hidden[part]
@@ -171,27 +229,31 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, problem: _Problem, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         exits, labels_P = problem.exits, problem.labels_P
         hidden, parameters = tensors[: len(exits)], tensors[len(exits) :]
-        losses_EP = torch.zeros(len(exits), len(labels_P), device=labels_P.device)
+        kind = torch.promote_types(hidden[0].dtype, torch.float32)
+        losses_EP = torch.zeros(len(exits), len(labels_P), device=labels_P.device, dtype=kind)
         grads = [torch.zeros_like(h) if h.requires_grad else None for h in hidden]
         own = [torch.zeros_like(p) for p in parameters]
-        value = torch.zeros((), device=labels_P.device)
+        value = torch.zeros((), device=labels_P.device, dtype=kind)
         for part in _parts(len(labels_P), problem.chunk):
-            full_CV = _full_logits(problem.full, problem.kl, part)
+            target = _target(problem.full, problem.kl, part)
             for row, exit in enumerate(exits):
                 kl = _distilled(exit, problem.kl, problem.full)
                 with torch.enable_grad():
                     leaf = hidden[row][part].detach().requires_grad_()
-                    loss_C, entropy_C = chunk_losses(exit.logits(leaf), labels_P[part], kl, full_CV)
-                    total = exit.weight * loss_C.sum()
+                    logits_CV = exit.logits(leaf)
+                loss_C, losses_EP[row, part], gradient = losses_and_gradient(
+                    wide(logits_CV.detach()), labels_P[part], kl, target
+                )
                 wanted = [(i, p) for i, p in enumerate(parameters) if any(p is q for q in exit.parameters)]
-                found = torch.autograd.grad(total, [leaf, *[p for _, p in wanted]])
+                outputs = gradient.mul_(exit.weight).to(logits_CV.dtype)
+                found = torch.autograd.grad(logits_CV, [leaf, *[p for _, p in wanted]], outputs)
+                del logits_CV, gradient, outputs
                 kept = grads[row]
                 if kept is not None:
                     kept[part] = found[0]
                 for (i, _), grad in zip(wanted, found[1:]):
                     own[i].add_(grad)
-                losses_EP[row, part] = entropy_C.detach()
-                value = value + total.detach()
+                value = value + exit.weight * loss_C.sum()
         ctx.save_for_backward(*[g for g in (*grads, *own) if g is not None])
         ctx.present = [g is not None for g in (*grads, *own)]
         ctx.mark_non_differentiable(losses_EP)

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from sparsmith import anatomy
 from sparsmith.errors import CrossLayerStateError, MethodError, ProofError, TiedHeadError
-from sparsmith.methods.base import Batch, Control, CraftContext, Method, MethodConfig, MethodPlan, ModuleChange, TaskLoss
+from sparsmith.methods.base import (
+    Batch,
+    Control,
+    CraftContext,
+    Method,
+    MethodConfig,
+    MethodPlan,
+    ModuleChange,
+    TaskLoss,
+)
 from sparsmith.methods.soft import parts
 from sparsmith.methods.soft.config import SoftConfig, block_params
 from sparsmith.methods.soft.forward import labelled, tail_states, trunk_states
@@ -39,7 +48,9 @@ class SoftMethod(Method):
         exits, omega = config.depths(shape.layers), config.omega(shape.layers)
         added = config.num_params(shape)
         shown = ", ".join(map(str, exits))
-        changes = [ModuleChange(f"{anatomy.blocks}.{{0..{shape.layers - 1}}}", f"read out after {shown} blocks", len(exits))]
+        changes = [
+            ModuleChange(f"{anatomy.blocks}.{{0..{shape.layers - 1}}}", f"read out after {shown} blocks", len(exits))
+        ]
         if config.arm == "ict":
             changes.append(ModuleChange(parts.EXITS, "a head of its own", len(exits) - 1))
         elif config.trunk == "frozen":
@@ -123,7 +134,11 @@ class SoftMethod(Method):
         return config.tune == "full" and not config.frozen_trunk
 
     def leaves_idle(self, config: SoftConfig) -> bool:
-        return config.schedule == "sampled" or config.layer_dropout > 0 or (config.frozen_trunk and config.schedule != "all")
+        return (
+            config.schedule == "sampled"
+            or config.layer_dropout > 0
+            or (config.frozen_trunk and config.schedule != "all")
+        )
 
     # the loss
 
@@ -135,7 +150,9 @@ class SoftMethod(Method):
         """Eq. 1 of the paper, with the weights of this micro-batch, over `num_items` labels."""
         state, layers = parts.state_of(model), len(anatomy.blocks(model))
         omega = config.omega(layers)
-        draw = draw_index(choices(config.schedule, len(omega) + config.frozen_trunk), state.seed, state.step, state.micro)
+        draw = draw_index(
+            choices(config.schedule, len(omega) + config.frozen_trunk), state.seed, state.step, state.micro
+        )
         active = _active(config, omega, layers, draw, state.step)
         kept = None
         if config.layer_dropout > 0:
@@ -255,7 +272,9 @@ def _notes(config: SoftConfig, shape: ModelShape, exits: tuple[int, ...], heads:
     if config.schedule == "rotational":
         notes.append("schedule rotational is biased: the full depth is always on and the weights of the others change")
     if config.trunk == "frozen":
-        notes.append(f"the full model stays as it is; a slice at exit n has n + 1 blocks ({block_params(shape):,} more)")
+        notes.append(
+            f"the full model stays as it is; a slice at exit n has n + 1 blocks ({block_params(shape):,} more)"
+        )
     return tuple(notes)
 
 
@@ -300,7 +319,14 @@ def _active(config: SoftConfig, omega: dict[int, float], layers: int, draw: int,
 
 
 def _exits(
-    model: nn.Module, config: SoftConfig, batch: Batch, active: dict[int, float], select: Any, kept: Any, kl: bool, layers: int
+    model: nn.Module,
+    config: SoftConfig,
+    batch: Batch,
+    active: dict[int, float],
+    select: Any,
+    kept: Any,
+    kl: bool,
+    layers: int,
 ) -> tuple[list[Exit], Exit | None]:
     """The exits of this micro-batch, and the full depth where they learn from it."""
     full_state: Tensor | None
@@ -342,7 +368,10 @@ def _check_bare(model: nn.Module) -> None:
     head = anatomy.head(model)
     if not isinstance(head, nn.Linear) or head.bias is not None or anatomy.softcap(model) is not None:
         raise ProofError(
-            "soft.ce.impl", "`torch` with a head that is more than one matrix", "a bare linear head", "Set ce.impl auto."
+            "soft.ce.impl",
+            "`torch` with a head that is more than one matrix",
+            "a bare linear head",
+            "Set ce.impl auto.",
         )
 
 

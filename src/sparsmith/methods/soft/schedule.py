@@ -38,7 +38,7 @@ def exit_weights(kind: str, exits: Sequence[int], *, e_scale: float = 0.2, boost
     if len(exits) == 1:
         return {last: 1.0}
     if kind == "uniform":
-        raw = {n: 1.0 for n in exits}
+        raw = dict.fromkeys(exits, 1.0)
     elif kind == "linear":
         raw = {n: float(n) for n in exits}
     elif kind == "sum_l":
