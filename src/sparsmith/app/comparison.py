@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,32 +14,154 @@ from sparsmith.errors import UsageError, nearest
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROTOCOLS = ("pesc",)
+    from sparsmith.app.tuning import Baseline
+    from sparsmith.recipe.schema import Recipe
 
 
-def protocol(
-    name: str,
-    recipe: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    controls: Sequence[str] = (),
-    seeds: Sequence[int] = (0, 1, 2),
-    console: Console | None = None,
-) -> Any:
-    """Run a comparison in the recipe's `output` folder, one run per control and seed; a finished run is not repeated.
+@dataclass(frozen=True)
+class Asked:
+    """What the command line may say of a protocol. None = not said."""
+
+    recipe: str | Path
+    overrides: Sequence[str] = ()
+    seeds: Sequence[int] | None = None
+    controls: Sequence[str] | None = None
+    arms: Sequence[str] | None = None
+    named: Sequence[str] | None = None
+    """Further arms as `NAME=key=value,key=value`."""
+    ict_share: float | None = None
+    extracted_steps: str | None = None
+    verdicts: str | Path | None = None
+    console: Console | None = None
+
+
+def protocol(name: str, recipe: str | Path, overrides: Sequence[str] = (), **options: Any) -> Any:
+    """Run a comparison in the recipe's `output` folder, one run per arm and seed; a finished run is not repeated.
+
+    Args:
+        name: of `PROTOCOLS`.
+        options: fields of `Asked`; one that the protocol does not have is refused.
 
     Returns:
-        The comparison, with `table()`, `markdown()` and `as_dict()`.
+        The comparison, with `markdown()`, `as_dict()` and a rich form.
     """
     if name not in PROTOCOLS:
-        raise UsageError("protocol", f"`{name}`", "a known protocol", nearest(name, PROTOCOLS))
-    from sparsmith.app.tuning import Baseline, tune
+        raise UsageError("protocol", f"`{name}`", "a known protocol", nearest(name, tuple(PROTOCOLS)))
+    known = PROTOCOLS[name]
+    asked = Asked(recipe, overrides, **options)
+    for field in _OPTIONS:
+        if getattr(asked, field) is not None and field not in known.options:
+            flag = _flag(field)
+            own = ", ".join(map(_flag, known.options))
+            raise UsageError(flag, f"set for protocol {name}", f"one of its own options: {own}", f"Remove {flag}.")
+    return known.run(asked)
+
+
+def _pesc(asked: Asked) -> Any:
     from sparsmith.protocols.pesc import CONTROLS, compare
 
-    loaded = load_recipe(recipe, overrides)
-    baseline = Baseline()
+    loaded = load_recipe(asked.recipe, asked.overrides)
+    controls = tuple(asked.controls or CONTROLS)
+    return compare(loaded, controls, _seeds(asked), Path(loaded.output).absolute(), _Cells(asked.console).tune)
 
-    def run(one: Any, label: str) -> Path:
-        return tune(one, console=console, label=label, baseline=baseline)
 
-    return compare(loaded, tuple(controls) or tuple(CONTROLS), seeds, Path(loaded.output).absolute(), run)
+def _soft(asked: Asked) -> Any:
+    from sparsmith.protocols.judging import read_verdicts
+    from sparsmith.protocols.soft import compare
+    from sparsmith.protocols.soft_arms import ARMS, Choices
+
+    loaded = load_recipe(asked.recipe, asked.overrides)
+    named = dict(_named(asked, text) for text in asked.named or ())
+    steps: Any = asked.extracted_steps or "equal"
+    share = 1.0 if asked.ict_share is None else asked.ict_share
+    choices = Choices(tuple(asked.arms or ARMS), tuple(_seeds(asked)), share, steps)
+    verdicts = read_verdicts(asked.verdicts) if asked.verdicts else ()
+    cells = _Cells(asked.console)
+    out = Path(loaded.output).absolute()
+    return compare(loaded, named, choices, out, cells.tune_or_read, cells.measure, verdicts)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One row of the table below."""
+
+    run: Callable[[Asked], Any]
+    options: tuple[str, ...]
+    """Fields of `Asked` that it reads beside the recipe."""
+
+
+PROTOCOLS = {
+    "pesc": Protocol(_pesc, ("seeds", "controls")),
+    "soft": Protocol(_soft, ("seeds", "arms", "named", "ict_share", "extracted_steps", "verdicts")),
+}
+_OPTIONS = ("seeds", "controls", "arms", "named", "ict_share", "extracted_steps", "verdicts")
+
+
+def _flag(field: str) -> str:
+    return "--arm" if field == "named" else "--" + field.replace("_", "-")
+
+
+def _seeds(asked: Asked) -> Sequence[int]:
+    return (0, 1, 2) if asked.seeds is None else asked.seeds
+
+
+class _Cells:
+    """Runs the cells of one protocol; a base is measured once, however many cells start from it."""
+
+    def __init__(self, console: Console | None) -> None:
+        from sparsmith.app.tuning import Baseline
+
+        self.console = console
+        self.baselines: defaultdict[str, Baseline] = defaultdict(Baseline)
+
+    def tune(self, recipe: Recipe, label: str) -> Path:
+        from sparsmith.app.tuning import tune
+
+        return tune(recipe, console=self.console, label=label, baseline=self.baselines[recipe.model.path])
+
+    def tune_or_read(self, recipe: Recipe, label: str) -> Path:
+        """The run's folder; a finished run of the same recipe is left as it is."""
+        from sparsmith.app.opening import refuse_other_recipe
+        from sparsmith.runs import RunFolder
+
+        run = RunFolder(Path(recipe.output).absolute())
+        if run.finished:
+            refuse_other_recipe(run, recipe)
+            return run.root
+        return self.tune(recipe, label)
+
+    def measure(self, recipe: Recipe, depths: Sequence[int]) -> Any:
+        """The untuned base at every depth; its full depth serves the cells as their baseline."""
+        from sparsmith.crafting.base_model import load_base, load_tokenizer
+        from sparsmith.data import load_data
+        from sparsmith.evaluating import evaluate_depths
+
+        tokenizer = load_tokenizer(recipe.model)
+        data = load_data(recipe.data, tokenizer, seed=recipe.train.seed, rows_needed=0)
+        result = evaluate_depths(
+            load_base(recipe.model), tokenizer, data.eval, depths=depths, seed=recipe.train.seed, domains=data.domains
+        )
+        self.baselines[recipe.model.path].result = result.full
+        return result
+
+
+def _named(asked: Asked, text: str) -> tuple[str, Recipe]:
+    """(name, recipe) of `NAME=key=value,key=value`: settings of the method, or of the training with `train.` before them."""
+    name, equals, settings = text.partition("=")
+    if not equals or not name or not settings:
+        raise UsageError("--arm", f"`{text}`", "NAME=key=value,key=value", 'Write --arm boost="weights=full_boost".')
+    given = [part.strip() for part in _split(settings)]
+    keys = [part if part.startswith("train.") else f"methods.0.{part}" for part in given]
+    return name, load_recipe(asked.recipe, [*asked.overrides, *keys])
+
+
+def _split(text: str) -> list[str]:
+    """At commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts

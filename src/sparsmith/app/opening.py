@@ -76,6 +76,15 @@ def _check_own(run: RunFolder, recipe: Recipe) -> None:
         raise UsageError(
             str(run.root), "a finished run", "an unfinished one to go on with", "Change `output`, or remove the folder."
         )
+    refuse_other_recipe(run, recipe)
+
+
+def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Refuse a recipe that differs from the run's in what matters.
+
+    Raises:
+        RecipeErrors: every differing key with both values.
+    """
     if run.recipe.read_text(encoding="utf-8") == recipes.dump(recipe):
         return
     try:

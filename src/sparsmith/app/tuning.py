@@ -31,6 +31,10 @@ class Baseline:
     result: Any = None
     samples: list[dict[str, str]] = field(default_factory=list)
 
+    @property
+    def whole(self) -> bool:
+        return self.result is not None and bool(self.samples)
+
 
 def tune(
     recipe: Recipe | str | Path,
@@ -135,9 +139,9 @@ class _Session:
         with self._memory_told(f"loading {self.recipe.model.path}"):
             base = load_base(self.recipe.model)
             self._to_device(base)
-        if self.baseline.result is None and self.data.eval:
+        if self.data.eval and not self.baseline.whole:
             cut = for_reading(base)
-            self.baseline.result = self._evaluate(base)
+            self.baseline.result = self.baseline.result or self._evaluate(base)
             self.baseline.samples = self._samples(base)
             if cut:  # crafting needs it in one piece again
                 del base
@@ -222,9 +226,8 @@ class _Session:
 
         self.model.eval()
         tables = self._load_tables()
-        after = self._evaluate(self.model)
-        if after is not None:
-            write_json(self.run.evaluation, {"base": self.baseline.result.to_json(), "tuned": after.to_json()})
+        if self.data.eval:
+            write_json(self.run.evaluation, {"base": self.baseline.result.to_json(), **self._measured()})
             write_json(self.run.samples, side_by_side(self.baseline.samples, self._samples(self.model)))
         if tables:
             write_json(self.run.tables, tables)
@@ -276,6 +279,16 @@ class _Session:
             model, self.tokenizer, self.data.eval, seed=self.recipe.train.seed, domains=self.data.domains, **options
         )
 
+    def _measured(self) -> dict[str, Any]:
+        """`tuned`: the tuned model's result; `depths`: that of every depth, where there are several."""
+        from sparsmith.evaluating import elastic_depths, evaluate_depths
+
+        if not elastic_depths(self.model):
+            return {"tuned": self._evaluate(self.model).to_json()}
+        options = {"seed": self.recipe.train.seed, "domains": self.data.domains}
+        by_depth = evaluate_depths(self.model, self.tokenizer, self.data.eval, **options)
+        return {"tuned": by_depth.full.to_json(), "depths": by_depth.to_json()}
+
     def _samples(self, model: Any) -> list[dict[str, str]]:
         from sparsmith.evaluating.samples import sample_answers
 
@@ -296,8 +309,13 @@ class _Session:
     def _load_tables(self) -> dict[str, Any]:
         """Nested figures of the methods (expert load by layer and domain), measured on the evaluation rows."""
         from sparsmith.crafting.record import record_of
+        from sparsmith.methods.base import Method
 
-        if not self.data.eval:
+        # a method that is not told of its batches has nothing to tell of them, and one pass over the rows is saved
+        told = [
+            part for part in record_of(self.model).parts if type(part[0]).before_forward is not Method.before_forward
+        ]
+        if not self.data.eval or not told:
             return {}
         parts = record_of(self.model).parts
         for method, config in parts:

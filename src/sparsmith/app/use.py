@@ -42,15 +42,23 @@ def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
     return load_base(settings), load_tokenizer(settings), None
 
 
+def placed(model: Any) -> Any:
+    """On the GPU where there is one; a quantised model lies there already."""
+    from sparsmith import ranks
+
+    return model.to("cuda") if ranks.on_cuda() and not getattr(model, "is_quantized", False) else model
+
+
 def evaluate(
     target: str | Path, recipe: str | Path | None = None, overrides: Sequence[str] = (), *, seed: int = 42
 ) -> Any:
     """Measure a run or a model on the evaluation sets of a recipe (default: the run's own).
 
     Returns:
-        An `EvalResult`.
+        An `EvalResult`; of a depth-elastic model a `DepthResult`, which holds one for every depth.
     """
     from sparsmith.data import load_data
+    from sparsmith.evaluating import elastic_depths, evaluate_depths
     from sparsmith.evaluating import evaluate as measure
 
     model, tokenizer, own = load_model(target)
@@ -58,7 +66,8 @@ def evaluate(
     if chosen is None:
         raise UsageError(str(target), "no recipe", "a run, or --recipe with `data.eval`", "Add --recipe FILE.")
     data = load_data(chosen.data, tokenizer, seed=chosen.train.seed, rows_needed=0)
-    return measure(model, tokenizer, data.eval, seed=seed, domains=data.domains)
+    chosen_measure: Any = evaluate_depths if elastic_depths(model) else measure
+    return chosen_measure(model, tokenizer, data.eval, seed=seed, domains=data.domains)
 
 
 def generate(
@@ -91,6 +100,7 @@ def generate(
     model, tokenizer, recipe = load_model(target)
     ids = render_prompt(prompt, tokenizer, None if recipe is None else recipe.data.template, raw=raw)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    model = placed(model)
     set_seed(seed)
     whole: list[Any] = []
     started = time.perf_counter()

@@ -9,23 +9,51 @@ import typer
 from sparsmith.cli.options import Debug, Json, Overrides, RecipeFile
 from sparsmith.cli.screen import SCREEN
 
+Names = str | None
+
 
 def protocol(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The comparison: pesc.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The comparison: pesc or soft.")],
     recipe: RecipeFile,
     overrides: Overrides = None,
-    controls: Annotated[str, typer.Option(help="Names, comma-separated; absent = all.")] = "",
-    seeds: Annotated[str, typer.Option(help="Whole numbers, comma-separated.")] = "0,1,2",
+    seeds: Annotated[Names, typer.Option(help="Whole numbers, comma-separated; absent = 0,1,2.")] = None,
+    controls: Annotated[Names, typer.Option(help="pesc: names, comma-separated; absent = all.")] = None,
+    arms: Annotated[Names, typer.Option(help="soft: of sft,ict,extracted,soft; absent = all.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SETTINGS", help="soft: one more arm, NAME=key=value,key=value.")
+    ] = None,
+    ict_share: Annotated[float | None, typer.Option(help="soft: steps of ICT over those of SFT.")] = None,
+    extracted_steps: Annotated[Names, typer.Option(help="soft: equal (to SoFT's steps) or compute.")] = None,
+    verdicts: Annotated[Names, typer.Option(help="soft: JSONL with a judge's verdicts.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """A paper's comparison as one command; finished runs are not repeated."""
     from sparsmith import app
+
+    result = app.protocol(
+        name,
+        recipe,
+        overrides or (),
+        seeds=_numbers(seeds),
+        controls=_words(controls),
+        arms=_words(arms),
+        named=arm or None,
+        ict_share=ict_share,
+        extracted_steps=extracted_steps,
+        verdicts=verdicts,
+    )
+    SCREEN.show(result)
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str | None) -> list[int] | None:
     from sparsmith.errors import UsageError
 
     try:
-        numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
+        return None if text is None else [int(word) for word in _words(text) or ()]
     except ValueError:
-        raise UsageError("--seeds", f"`{seeds}`", "whole numbers", "Write --seeds 0,1,2.") from None
-    chosen = [name.strip() for name in controls.split(",") if name.strip()]
-    SCREEN.show(app.protocol(name, recipe, overrides or (), controls=chosen, seeds=numbers))
+        raise UsageError("--seeds", f"`{text}`", "whole numbers", "Write --seeds 0,1,2.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsmith.bootstrap import Figure, RowScores, paired_differences
 from sparsmith.evaluating.answers import extract, normalise
+from sparsmith.evaluating.depths import DepthResult, elastic_depths, evaluate_depths
 from sparsmith.evaluating.evaluate import evaluate
 from sparsmith.evaluating.exact_match import exact_match, write_answers
 from sparsmith.evaluating.loss import heldout_loss
@@ -13,10 +14,13 @@ from sparsmith.evaluating.samples import sample_answers, side_by_side
 from sparsmith.evaluating.show import result_table
 
 __all__ = [
+    "DepthResult",
     "EvalResult",
     "Figure",
     "RowScores",
+    "elastic_depths",
     "evaluate",
+    "evaluate_depths",
     "exact_match",
     "extract",
     "heldout_loss",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsmith.bootstrap import RESAMPLES, RowScores
 from sparsmith.errors import DataError
+from sparsmith.evaluating.agreement import Reference
 from sparsmith.evaluating.batching import BATCH_TOKENS
 from sparsmith.evaluating.exact_match import exact_match
 from sparsmith.evaluating.loss import OnBatch, heldout_loss
@@ -32,6 +33,7 @@ def evaluate(
     domains: Sequence[str] = (),
     metrics: Sequence[str] | None = None,
     progress: Callable[[str, str], None] | None = None,
+    reference: Reference | None = None,
 ) -> EvalResult:
     """Measure the model on every set.
 
@@ -45,6 +47,8 @@ def evaluate(
         domains: the domains in the order of their indices in `Batch.domain`; default: the sets' domains in their order.
         metrics: measure only these, whatever the sets ask for.
         progress: called with (set, metric) before each measure.
+        reference: the choices of tokens that this model's are held against under `agreement`, in the forward of the loss; an empty one
+            is filled with this model's.
 
     Raises:
         DataError: no sets, or a row that cannot be scored. ProofError: a figure that is not finite.
@@ -63,9 +67,12 @@ def evaluate(
             if progress is not None:
                 progress(eval_set.name, metric)
             if metric == "loss":
+                chosen: list[Tensor] | None = None if reference is None else []
                 scores["loss"] = heldout_loss(
-                    model, eval_set, batch_tokens=batch_tokens, on_batch=on_batch, domains=known
+                    model, eval_set, batch_tokens=batch_tokens, on_batch=on_batch, domains=known, chosen=chosen
                 )
+                if reference is not None and chosen is not None:
+                    scores.update(reference.held_against(eval_set.name, chosen))
             elif metric == "rank":
                 scores.update(rank_classification(model, eval_set, batch_tokens=batch_tokens))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 METRICS: dict[str, tuple[str, bool]] = {
     "loss": ("held-out loss, nats per token", False),
+    "agreement": ("same token as the full depth", True),
     "exact_match": ("exact match", True),
     "finished": ("answers that end by themselves", True),
     "rank": ("rank accuracy", True),

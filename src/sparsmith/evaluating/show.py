@@ -12,7 +12,7 @@ from rich.table import Table
 from sparsmith.bootstrap import Figure, Figures
 from sparsmith.evaluating.metrics import METRICS, NATS
 
-_SHOWN = ("loss", "exact_match", "rank", "rank_by_token", "rank_by_byte")
+_SHOWN = ("loss", "agreement", "exact_match", "rank", "rank_by_token", "rank_by_byte")
 
 
 class Levels(Protocol):

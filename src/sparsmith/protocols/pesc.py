@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsmith.bootstrap import Figure, paired_differences
-from sparsmith.durable import read_json, write_json, write_text
+from sparsmith.bootstrap import Figure
+from sparsmith.durable import write_json, write_text
 from sparsmith.errors import MethodError, UsageError, nearest
-from sparsmith.evaluating import EvalResult
+from sparsmith.protocols.cells import Cell, Sheet, pooled_difference, read_cell, signed, spread
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder
 
@@ -43,18 +43,6 @@ Tune = Callable[[Recipe, str], Path]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One control with one seed."""
-
-    control: str
-    seed: int
-    run: Path
-    result: EvalResult
-    plan: dict[str, Any]
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All cells of a protocol."""
 
@@ -62,14 +50,14 @@ class Comparison:
 
     @property
     def controls(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(cell.control for cell in self.cells))
+        return tuple(dict.fromkeys(cell.arm for cell in self.cells))
 
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(cell.seed for cell in self.cells))
 
     def of(self, control: str) -> list[Cell]:
-        return [cell for cell in self.cells if cell.control == control]
+        return [cell for cell in self.cells if cell.arm == control]
 
     def losses(self, control: str) -> list[float]:
         """Mean held-out loss over the domains, one figure per seed."""
@@ -80,16 +68,10 @@ class Comparison:
 
         The interval is over rows; how much seeds differ is told by the standard deviation.
         """
-        pairs = [(a, b) for a in self.of(reference) for b in self.of(control) if a.seed == b.seed]
-        if control == reference or not pairs:
+        if control == reference:
             return None
-        old, new, domain_of = {}, {}, {}
-        for a, b in pairs:
-            for name, rows in a.result.rows.items():
-                key = f"{a.seed}:{name}"
-                old[key], new[key] = rows, b.result.rows[name]
-                domain_of[key] = a.result.domain_of[name]
-        return paired_differences(old, new, domain_of, seed=0).overall["loss"]
+        mine, theirs = self.of(control), self.of(reference)
+        return pooled_difference((a.seed, a.result, b.result) for a in theirs for b in mine if a.seed == b.seed)
 
     def verdict(self) -> str:
         """What may be said about routing from these figures."""
@@ -113,7 +95,7 @@ class Comparison:
                     "control": control,
                     "seeds": [cell.seed for cell in cells],
                     "loss": statistics.fmean(losses),
-                    "sd": statistics.stdev(losses) if len(losses) > 1 else None,
+                    "sd": spread(losses),
                     "losses": losses,
                     "domains": {
                         domain: statistics.fmean(cell.result.domains[domain]["loss"].value for cell in cells)
@@ -141,28 +123,23 @@ class Comparison:
             "controls": self.rows(),
         }
 
+    def sheet(self) -> Sheet:
+        """The comparison as text."""
+        domains = list(self.cells[0].result.domains)
+        heads = ("control", *domains, "mean", "sd", "minus learned [95 %]", "trained", "active", "FLOPs/token")
+        rows = tuple(tuple(_cells(row, domains)) for row in self.rows())
+        return Sheet("PESC against its controls: held-out loss, nats per token", heads, rows, self.verdict())
+
     def table(self) -> Table:
         """The comparison for the terminal."""
-        from rich.table import Table
-
-        table = Table(title="PESC against its controls: held-out loss, nats per token", caption=self.verdict())
-        domains = list(self.cells[0].result.domains)
-        for head in ("control", *domains, "mean", "sd", "minus learned [95 %]", "trained", "active", "FLOPs/token"):
-            table.add_column(head, justify="left" if head == "control" else "right")
-        for row in self.rows():
-            table.add_row(*_cells(row, domains))
-        return table
+        return self.sheet().rich()
 
     def __rich__(self) -> Table:
         return self.table()
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
-        domains = list(self.cells[0].result.domains)
-        heads = ["control", *domains, "mean", "sd", "minus learned [95 %]", "trained", "active", "FLOPs/token"]
-        lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        lines += ["| " + " | ".join(_cells(row, domains)) + " |" for row in self.rows()]
-        return "\n".join([*lines, "", self.verdict(), ""])
+        return self.sheet().markdown(titled=False)
 
 
 def compare(recipe: Recipe, controls: Sequence[str], seeds: Sequence[int], out: Path, tune: Tune) -> Comparison:
@@ -212,12 +189,6 @@ def variant(recipe: Recipe, control: str, seed: int, output: Path) -> Recipe:
     return recipe.model_copy(update={"methods": (settings,), "train": train, "output": str(output)})
 
 
-def read_cell(control: str, seed: int, folder: RunFolder) -> Cell:
-    """A finished run as a cell."""
-    result = EvalResult.from_json(read_json(folder.evaluation)["tuned"])
-    return Cell(control, seed, folder.root, result, read_json(folder.plan), read_json(folder.facts))
-
-
 def _check(recipe: Recipe) -> None:
     names = [getattr(config, "method", "") for config in recipe.methods]
     if names != ["pesc"]:
@@ -232,13 +203,12 @@ def _check(recipe: Recipe) -> None:
 
 
 def _cells(row: dict[str, Any], domains: Sequence[str]) -> list[str]:
-    gap = row["minus_learned"]
     return [
         row["control"],
         *(f"{row['domains'][domain]:.3f}" for domain in domains),
         f"{row['loss']:.4f}",
         "-" if row["sd"] is None else f"{row['sd']:.4f}",
-        "-" if gap is None else f"{gap['value']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})",
+        signed(row["minus_learned"]),
         f"{row['trained']:,}",
         f"{row['active']:,}",
         f"{row['flops_per_token']:,}",

@@ -25,7 +25,8 @@ VERBS: dict[str, set[str]] = {
     "doctor": set(),
     "data show": OVERRIDES | {"--rows", "-n"},
     "import camelidae": {"DIR", "OUT", "--adapter-dim", "--adapter-scale", "--top-k", "--rope-theta", "--base"},
-    "protocol": OVERRIDES | {"NAME", "--controls", "--seeds"},
+    "protocol": OVERRIDES
+    | {"NAME", "--seeds", "--controls", "--arms", "--arm", "--ict-share", "--extracted-steps", "--verdicts"},
 }
 
 
