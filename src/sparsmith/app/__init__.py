@@ -20,6 +20,7 @@ _HOMES = {
     "report": "sparsmith.app.use",
     "verify": "sparsmith.app.use",
     "import_camelidae": "sparsmith.app.use",
+    "bench": "sparsmith.app.benching",
     "demo": "sparsmith.app.demonstration",
     "protocol": "sparsmith.app.comparison",
     "doctor": "sparsmith.app.checkup",

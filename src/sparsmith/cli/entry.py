@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 from sparsmith import __version__
-from sparsmith.cli import data, demo, doctor, evaluate, export, generate, import_, plan, protocol, report, tune, verify
+from sparsmith.cli import (
+    bench,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_,
+    plan,
+    protocol,
+    report,
+    tune,
+    verify,
+)
 from sparsmith.cli.options import Debug, Json
 from sparsmith.cli.screen import SCREEN, drop_output
 from sparsmith.errors import SparsmithError
@@ -33,6 +47,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "export": export.export,
     "report": report.report,
     "protocol": protocol.protocol,
+    "bench": bench.bench,
     "verify": verify.verify,
     "doctor": doctor.doctor,
 }

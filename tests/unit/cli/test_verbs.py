@@ -25,6 +25,8 @@ VERBS: dict[str, set[str]] = {
     "doctor": set(),
     "data show": OVERRIDES | {"--rows", "-n"},
     "import camelidae": {"DIR", "OUT", "--adapter-dim", "--adapter-scale", "--top-k", "--rope-theta", "--base"},
+    "bench": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--out", "--batch", "--context", "--new-tokens", "--repeats"}
+    | {"--prompts", "--rows", "--calibrate", "--seed"},
     "protocol": OVERRIDES
     | {"NAME", "--seeds", "--controls", "--arms", "--arm", "--ict-share", "--extracted-steps", "--verdicts"},
 }
