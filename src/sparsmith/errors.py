@@ -123,6 +123,10 @@ class RoleDidNotMove(ProofError):
     """A trained role has not changed after the first steps."""
 
 
+class GuardFailed(ProofError):
+    """The full model lost more to its control than the guard allows. Everything was saved and reported before."""
+
+
 class EnvironmentFault(SparsmithError):
     """Something of the machine is missing: a package, disk space, memory, a device."""
 

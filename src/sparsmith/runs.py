@@ -78,6 +78,16 @@ class RunFolder:
         return self.root / "soft_thresholds.json"
 
     @property
+    def guard(self) -> Path:
+        """The full model held against its control; only of a method that has one."""
+        return self.root / "guard.json"
+
+    @property
+    def control(self) -> RunFolder:
+        """The run of the control that was tuned beside this one."""
+        return RunFolder(self.root / "control")
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -97,6 +107,11 @@ class RunFolder:
     def read(self, path: Path) -> Any:
         """A JSON file of the run, or None where this run did not write it."""
         return read_json(path) if path.is_file() else None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the model is tuned, measured and saved; a run with a guard is finished only when that has been asked."""
+        return self.facts.is_file()
 
     @property
     def finished(self) -> bool:

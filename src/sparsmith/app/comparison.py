@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,15 +121,18 @@ class _Cells:
         return tune(recipe, console=self.console, label=label, baseline=self.baselines[recipe.model.path])
 
     def tune_or_read(self, recipe: Recipe, label: str) -> Path:
-        """The run's folder; a finished run of the same recipe is left as it is."""
+        """The run's folder; a finished run of the same recipe is left as it is. A failed guard is a result like any other."""
         from sparsmith.app.opening import refuse_other_recipe
+        from sparsmith.errors import GuardFailed
         from sparsmith.runs import RunFolder
 
         run = RunFolder(Path(recipe.output).absolute())
         if run.finished:
             refuse_other_recipe(run, recipe)
             return run.root
-        return self.tune(recipe, label)
+        with suppress(GuardFailed):
+            self.tune(recipe, label)
+        return run.root
 
     def measure(self, recipe: Recipe, depths: Sequence[int]) -> Any:
         """The untuned base at every depth; its full depth serves the cells as their baseline."""

@@ -93,7 +93,7 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
         raise UsageError(
             str(run.recipe), f"a recipe that cannot be read ({error.found})", "the run's recipe", "Remove the folder."
         ) from error
-    before, now = _flat(known.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    before, now = flat(known.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE]
     if changed:
         mend = "Set it back to go on with this run, or change `output` for a new one."
@@ -105,16 +105,16 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
     """{dotted key: plain value} of nested dicts and lists."""
     if isinstance(value, list):
         value = {str(index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):
         return {path: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flat(item, f"{path}.{key}" if path else str(key)))
-    return flat
+        found.update(flat(item, f"{path}.{key}" if path else str(key)))
+    return found
 
 
 def _latest(run: RunFolder, warn: Callable[[str], None]) -> Path | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsmith import durable, ranks
-from sparsmith.app import facts
+from sparsmith.app import facts, guarding
+from sparsmith.app.guarding import Guard, guard_of
 from sparsmith.app.opening import opened, require_space
 from sparsmith.app.recipes import load_recipe
 from sparsmith.errors import DataError, MethodError, ProofError
@@ -35,6 +36,17 @@ class Baseline:
     def whole(self) -> bool:
         return self.result is not None and bool(self.samples)
 
+    def read(self, run: RunFolder) -> None:
+        """Take what an earlier process has measured for that run."""
+        from sparsmith.evaluating import EvalResult
+
+        self.result = EvalResult.from_json(durable.read_json(run.evaluation)["base"])
+        kept = ("domain", "set", "prompt", "reference")
+        self.samples = [
+            {**{key: sample[key] for key in kept}, "answer": sample["base"]}
+            for sample in durable.read_json(run.samples)
+        ]
+
 
 def tune(
     recipe: Recipe | str | Path,
@@ -54,29 +66,84 @@ def tune(
         baseline: shared by runs of the same base on the same evaluation rows, so that the base is measured once.
 
     Raises:
-        SparsmithError: bad recipe, data, base or setting; ProofError where something that must hold does not.
+        SparsmithError: bad recipe, data, base or setting; ProofError where something that must hold does not; GuardFailed, after
+            everything is saved, where the full model lost more to its control than the recipe allows.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     ranks.rows_per_rank(recipe.train.batch_size, recipe.train.micro_batch_size)  # refused before anything is read
+    guard = guard_of(recipe)
+    if guard is not None:
+        guard.check_start()
     ranks.start()
     run = RunFolder(Path(recipe.output).absolute())
-    session = _Session(recipe, run, console, label or run.root.name, baseline or Baseline())
+    baseline, label = baseline or Baseline(), label or run.root.name
+    _tune(recipe, run, console, label, baseline, guard)
+    if guard is not None:
+        _guard(guard, run, console, label, baseline)
+    return run.root
+
+
+def _tune(
+    recipe: Recipe, run: RunFolder, console: Console | None, label: str, baseline: Baseline, guard: Guard | None
+) -> None:
+    """The run itself. One that is tuned and waits for its guard alone is left as it is."""
+    session = _Session(recipe, run, console, label, baseline, guarded=guard is not None)
     with session.stop.listening(), opened(run, recipe, session.warn) as checkpoint:
+        if guard is not None and run.tuned:
+            return
         session.prepare()
+        if guard is not None:
+            ranks.wait()  # until the first has written them
+            guard.check_data(run)
         session.craft()
         session.train(checkpoint)
         session.finish()
-    return run.root
+
+
+def _guard(guard: Guard, run: RunFolder, console: Console | None, label: str, baseline: Baseline) -> None:
+    """Hold the tuned run against its control, write it down, and fail where it lost too much."""
+    from rich.console import Console
+
+    from sparsmith.reporting import write_report
+
+    if not baseline.whole:
+        baseline.read(run)
+
+    def tune_control(recipe: Recipe) -> Path:
+        return tune(recipe, console=console, label=f"control of {label}", baseline=baseline)
+
+    found = guarding.compare(guard, run, tune_control)
+    write_json(run.guard, found)
+    write_json(run.facts, {**(run.read(run.facts) or {}), "finished": _now()})
+    ranks.on_first(write_report)([run.root], run.report)
+    ranks.wait()
+    if ranks.is_first():
+        (console or Console(stderr=True)).print(guarding.sheet(found).rich())
+    if not found["passed"]:
+        raise guarding.fault(found, run)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class _Session:
     """One run: each step leaves its figures in the run's folder."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, console: Console | None, label: str, baseline: Baseline) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        console: Console | None,
+        label: str,
+        baseline: Baseline,
+        guarded: bool = False,
+    ) -> None:
         from rich.console import Console
 
         self.recipe, self.run, self.label, self.baseline = recipe, run, label, baseline
+        self.guarded = guarded
         self.console = console or Console(stderr=True)
         from sparsmith.training.callbacks.stop import PoliteStop
 
@@ -234,7 +301,8 @@ class _Session:
         save(self.model, self.run.model, tokenizer=self.tokenizer, replace=True)
         write_json(self.run.proof, self.proof)
         write_json(self.run.facts, self._facts())
-        ranks.on_first(write_report)([self.run.root], self.run.report)
+        if not self.guarded:  # else the report waits for the guard, which is its first table
+            ranks.on_first(write_report)([self.run.root], self.run.report)
         ranks.wait()  # a rank that left early would be missed by a launcher
 
     def _facts(self) -> dict[str, Any]:
@@ -255,7 +323,7 @@ class _Session:
             "train_seconds": self.train_seconds,
             "seconds": time.time() - self.started,
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": None if self.guarded else _now(),
         }
 
     def _memory_told(self, what: str) -> Any:
@@ -285,7 +353,7 @@ class _Session:
 
         if not elastic_depths(self.model):
             return {"tuned": self._evaluate(self.model).to_json()}
-        options = {"seed": self.recipe.train.seed, "domains": self.data.domains}
+        options: dict[str, Any] = {"seed": self.recipe.train.seed, "domains": self.data.domains}
         by_depth = evaluate_depths(self.model, self.tokenizer, self.data.eval, **options)
         return {"tuned": by_depth.full.to_json(), "depths": by_depth.to_json()}
 

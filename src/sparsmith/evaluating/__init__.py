@@ -11,6 +11,7 @@ from sparsmith.evaluating.loss import heldout_loss
 from sparsmith.evaluating.rank import rank_classification
 from sparsmith.evaluating.result import EvalResult
 from sparsmith.evaluating.samples import sample_answers, side_by_side
+from sparsmith.evaluating.sheet import Sheet, signed
 from sparsmith.evaluating.show import result_table
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "EvalResult",
     "Figure",
     "RowScores",
+    "Sheet",
     "elastic_depths",
     "evaluate",
     "evaluate_depths",
@@ -30,5 +32,6 @@ __all__ = [
     "result_table",
     "sample_answers",
     "side_by_side",
+    "signed",
     "write_answers",
 ]

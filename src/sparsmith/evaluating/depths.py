@@ -72,7 +72,7 @@ class DepthResult:
         """One column per depth."""
         from sparsmith.evaluating.show import result_table
 
-        named = {f"{depth} blocks": result for depth, result in self.depths.items()}
+        named = {f"depth {depth}": result for depth, result in self.depths.items()}
         return result_table(named, title=title or "Every depth")
 
 

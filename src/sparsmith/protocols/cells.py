@@ -1,4 +1,4 @@
-"""What the protocols share: one tuned run as a cell, differences paired within each seed, and a table for terminal and Markdown alike."""
+"""What the protocols share: one tuned run as a cell, and differences paired within each seed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsmith.bootstrap import Figure, paired_differences
 from sparsmith.durable import read_json
 from sparsmith.evaluating import DepthResult, EvalResult
 from sparsmith.runs import RunFolder
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -60,39 +57,3 @@ def pooled_difference(pairs: Iterable[tuple[int, EvalResult, EvalResult]], metri
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation over seeds; None for one seed."""
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def signed(gap: Any) -> str:
-    """`+0.0123 (-0.0010 to +0.0250)` of a figure or of its dictionary; `-` where there is none."""
-    if gap is None:
-        return "-"
-    found = gap.as_dict() if isinstance(gap, Figure) else gap
-    return f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table of text."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-    left: int = 1
-    """Columns that are words and not figures."""
-
-    def rich(self) -> Table:
-        from rich.table import Table
-
-        table = Table(title=self.title, caption=self.caption or None, title_justify="left", caption_justify="left")
-        for index, head in enumerate(self.heads):
-            table.add_column(head.replace("[", r"\["), justify="left" if index < self.left else "right")
-        for row in self.rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
-        return table
-
-    def markdown(self, titled: bool = True) -> str:
-        lines = [f"### {self.title}", ""] if titled else []
-        lines += ["| " + " | ".join(self.heads) + " |", "|" + "---|" * len(self.heads)]
-        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in self.rows]
-        return "\n".join([*lines, *(["", self.caption] if self.caption else []), ""])

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from sparsmith.bootstrap import Figure
 from sparsmith.durable import write_json, write_text
 from sparsmith.errors import MethodError, UsageError, nearest
-from sparsmith.protocols.cells import Cell, Sheet, pooled_difference, read_cell, signed, spread
+from sparsmith.evaluating import Sheet, signed
+from sparsmith.protocols.cells import Cell, pooled_difference, read_cell, spread
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sparsmith.evaluating.metrics import METRICS, NATS
-from sparsmith.protocols.cells import Sheet, signed
+from sparsmith.evaluating.sheet import Sheet, signed
 
 if TYPE_CHECKING:
     from sparsmith.protocols.soft import SoftComparison
@@ -29,7 +30,7 @@ def sheets(comparison: SoftComparison) -> list[Sheet]:
     ]
     metrics = dict.fromkeys(metric for row in matrix.values() for metric in row["metrics"] if metric not in _HIDDEN)
     for metric in metrics:
-        found.append(_by_depth(comparison, matrix, _title(metric), lambda row, metric=metric: _metric(row, metric)))
+        found.append(_by_depth(comparison, matrix, _title(metric), partial(_metric, metric)))
     found.append(
         _gaps(comparison, comparison.headline(), "Headline: loss minus that of the full SFT (below 0 = better)", False)
     )
@@ -68,7 +69,7 @@ def _agreement(row: Any) -> str:
     return "-" if row["agreement"] is None else f"{row['agreement']:.1%}"
 
 
-def _metric(row: Any, metric: str) -> str:
+def _metric(metric: str, row: Any) -> str:
     value = row["metrics"].get(metric)
     if value is None:
         return "-"
