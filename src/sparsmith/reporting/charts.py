@@ -125,7 +125,7 @@ def health(runs: Sequence[Run]) -> Iterator[Chart]:
     panels = {
         name: lines
         for name, lines in _by_name(runs, "health").items()
-        if not name.startswith("gradient/") and name not in told
+        if not name.startswith("gradient/") and name not in told and "/loss_at_" not in name  # depths have a section
     }
     for low in [name for name in panels if name.endswith("load_min")]:
         high = low.replace("load_min", "load_max")

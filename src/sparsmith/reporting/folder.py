@@ -35,6 +35,17 @@ class Run:
     evaluation: dict[str, Any] | None
     samples: list[dict[str, str]] | None
     proof: dict[str, Any] | None
+    guard: dict[str, Any] | None = None
+    """The full model held against its control."""
+    bench: dict[str, Any] | None = None
+    exits: dict[str, Any] | None = None
+    control_depths: dict[str, Any] | None = None
+    """The control's results by depth, where it was tuned beside this run."""
+
+    @property
+    def depths(self) -> dict[str, Any]:
+        """Depth -> result of the tuned model; {} for a model of one depth."""
+        return (self.evaluation or {}).get("depths") or {}
 
     @property
     def methods(self) -> list[dict[str, Any]]:
@@ -44,12 +55,23 @@ class Run:
     @property
     def is_control(self) -> bool:
         """Whether the run was made to be compared with (a method's `control`)."""
-        return any(str(method.get("control", "none")) != "none" for method in self.methods)
+        return any(compared_as(method) for method in self.methods)
 
     def rows(self, system: str) -> dict[str, dict[str, RowScores]]:
         """Scores row by row of `base` or `tuned`."""
         raw = ((self.evaluation or {}).get(system) or {}).get("rows", {})
         return {name: {m: RowScores.of(scores) for m, scores in metrics.items()} for name, metrics in raw.items()}
+
+
+def compared_as(method: dict[str, Any]) -> str:
+    """What a method's entry is in a comparison: the name of a rival or a control; "" for the method itself.
+
+    An entry says it by `arm`, which is the method's own name for the method itself, or else by `control`.
+    """
+    if "arm" in method:
+        return "" if method["arm"] == method.get("method") else str(method["arm"])
+    named = str(method.get("control", "none"))
+    return "" if named == "none" else named
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -100,6 +122,10 @@ def _read(root: Path, name: str) -> Run:
         evaluation=_table(folder, folder.evaluation),
         samples=folder.read(folder.samples),
         proof=_table(folder, folder.proof),
+        guard=_table(folder, folder.guard),
+        bench=_table(folder, folder.bench),
+        exits=_table(folder, folder.exits),
+        control_depths=(_table(folder.control, folder.control.evaluation) or {}).get("depths"),
     )
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sparsmith.durable import write_text
-from sparsmith.reporting import charts, sections
+from sparsmith.reporting import charts, depths, sections
 from sparsmith.reporting.comparing import compare, several_sets
 from sparsmith.reporting.folder import Run, read_runs
 
@@ -49,7 +49,20 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
     main = runs[0]
     systems, gaps, metrics = compare(runs)
     checks = [(run.name, sections.proofs(run)) for run in runs]
+    health, loads = list(charts.health(runs)), [(run.name, list(charts.expert_load(run))) for run in runs if run.tables]
+    shown = {
+        "guards": [(run.name, found) for run in runs if (found := depths.guard(run))],
+        "by_depth": [c for c in (depths.training(runs), depths.measured(runs)) if c],
+        "depth_tables": [(run.name, found) for run in runs if (found := depths.table(run))],
+        "exits": [(run.name, found) for run in runs if (found := depths.exits(run))],
+        "speed": depths.speed_and_quality(runs),
+        "speed_tables": [(run.name, tables) for run in runs if (tables := depths.speed_tables(run))],
+        # a run with depths and no router is no run whose router was not measured
+        "routed": bool(health or any(drawn for _, drawn in loads)) or not any(map(depths.depths_of, runs)),
+    }
     return {
+        **shown,
+        "contents": [(key, title) for key, title, there in _contents(shown) if there],
         "main": main,
         "runs": runs,
         "several": len(runs) > 1,
@@ -69,10 +82,29 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
         "learning": [
             c for c in (f(runs) for f in (charts.loss_by_domain, charts.loss_terms, charts.gradients, charts.pace)) if c
         ],
-        "health": list(charts.health(runs)),
-        "loads": [(run.name, list(charts.expert_load(run))) for run in runs if run.tables],
+        "health": health,
+        "loads": loads,
         "samples": sections.samples(runs),
         "plans": [(run.name, sections.plan_tables(run), list((run.plan or {}).get("notes", []))) for run in runs],
         "data": [(run.name, sections.data_table(run), sections.fingerprints(run)) for run in runs],
         "facts": [(run.name, sections.fact_rows(run)) for run in runs],
     }
+
+
+def _contents(shown: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """(anchor, title, whether it is on the page) of every section."""
+    return [
+        ("guard", "Guard of the full depth", bool(shown["guards"])),
+        ("before-and-after", "Before and after", True),
+        ("depths", "Every depth", bool(shown["by_depth"] or shown["depth_tables"])),
+        ("exits", "Where tokens leave", bool(shown["exits"])),
+        ("speed", "Speed", bool(shown["speed"] or shown["speed_tables"])),
+        ("learning", "How it learned", True),
+        ("health", "Router health", shown["routed"]),
+        ("load", "Expert load", shown["routed"]),
+        ("samples", "Samples", True),
+        ("proof", "Proof", True),
+        ("plan", "Plan", True),
+        ("data", "Data", True),
+        ("recipe", "Recipe and machine", True),
+    ]

@@ -6,6 +6,7 @@ equally far apart; `LOAD` runs from paper to blue, `DIFFERENCE` from vermilion o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ BASE = "#7b858f"
 SYSTEMS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Runs in their order; the base is `BASE`."""
 
+_DEPTH = ("#e8a317", "#2f9e8f", "#123a78")
 _LOAD = ("#f7f9fb", "#0a4a86")
 _DIFFERENCE = ("#b3460b", "#f9f8f6", "#1b72b1")
 _STEPS = 256
@@ -41,6 +43,15 @@ _TO_LAB = np.array(
 def colour_of(index: int) -> str:
     """The colour of run `index`."""
     return SYSTEMS[index % len(SYSTEMS)]
+
+
+def depth_colours(depths: Sequence[int]) -> dict[int, str]:
+    """Shallow to deep: from light to dark in even steps, so that their order shows without colour too."""
+    from matplotlib.colors import to_hex
+
+    steps = _colormap("depth", _DEPTH)
+    ordered = sorted(depths)
+    return {depth: to_hex(steps(place / max(1, len(ordered) - 1))) for place, depth in enumerate(ordered)}
 
 
 @cache

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from sparsmith.reporting.folder import Run
+from sparsmith.methods import registry
+from sparsmith.reporting.folder import Run, compared_as
 from sparsmith.reporting.words import UNIT, count, duration, percent, plain, short, size
 
 Rows = list[tuple[str, ...]]
@@ -16,13 +17,17 @@ def method_words(run: Run) -> str:
     """`PESC`, `PESC + SoFT`, `dense LoRA, a control of PESC`."""
     found = []
     for method in run.methods:
-        control = str(method.get("control", "none"))
-        name = str(method.get("method", "?"))
-        title = name.upper() if len(name) <= 4 else name.capitalize()
-        found.append(
-            title if control == "none" else f"{control.replace('_', ' ').replace('lora', 'LoRA')}, a control of {title}"
-        )
+        title, role = _title(str(method.get("method", "?"))), compared_as(method)
+        words = role.upper() if len(role) <= 3 else role.replace("_", " ").replace("lora", "LoRA")
+        found.append(f"{words}, a control of {title}" if role else title)
     return " + ".join(found) or "no method"
+
+
+def _title(name: str) -> str:
+    """The method's name as its paper writes it."""
+    if name not in registry.names():
+        return name.upper() if len(name) <= 4 else name.capitalize()
+    return registry.get(name).title.split(":")[0]
 
 
 def base_words(run: Run) -> str:
