@@ -30,11 +30,26 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
                     method.conflicts[other],
                 )
     _check_lora(list(zip(methods, configs)))
+    _check_alone(list(zip(methods, configs)))
     owners = [method.name for method in methods if method.owns_objective]
     if len(owners) > 1:
         raise MethodError(
             "methods", " and ".join(owners), "at most one method that owns the task loss", "Drop one of them."
         )
+
+
+def _check_alone(parts: Sequence[tuple[Method, MethodConfig]]) -> None:
+    """A method whose loss reaches its own tensors only leaves nothing for another to train."""
+    for method, config in parts:
+        reason = method.trains_alone(config)
+        if reason and len(parts) > 1:
+            other = next(one.name for one, _ in parts if one is not method)
+            raise MethodError(
+                "methods",
+                f"`{other}` beside `{method.name}` with {reason}",
+                f"`{method.name}` alone, or with a trunk that trains",
+                f"Tune `{other}` first and go on from its export, or let `{method.name}` train the trunk.",
+            )
 
 
 def _check_lora(parts: Sequence[tuple[Method, MethodConfig]]) -> None:

@@ -197,6 +197,14 @@ class Method:
         """Blocks of the method's own that follow block `depth` when the model is read out there."""
         return ()
 
+    def exits_own(self, model: nn.Module, config: Any) -> bool:
+        """True where the model holds blocks or heads that only some of its exits use."""
+        return False
+
+    def trains_alone(self, config: Any) -> str:
+        """Why, with this method, the loss reaches no tensor but its own, so that no other method can train; empty where it does."""
+        return ""
+
     def cut(self, view: Any, config: Any, depth: int, layers: int) -> MethodConfig | None:
         """Make the method's part of `view`, which has the first `depth` of `layers` blocks and the tail alone, that of a model of this
         size; returns the settings that describe it, None where nothing of the method is left. Modules are shared with the model:

@@ -139,6 +139,18 @@ class PescMethod(Method):
     def health(self, metrics: Mapping[str, Any]) -> str:
         return health.words(metrics)
 
+    def cut(self, view: Any, config: PescConfig, depth: int, layers: int) -> PescConfig | None:
+        """The experts of the first blocks. The view's settings and config become its own; the modules stay the model's."""
+        if not config.has_adapters or depth == layers:
+            return config
+        kept = tuple(index for index in config.block_indices(layers) if index < depth)
+        crafted = _crafted(view)
+        crafted.settings = replace(crafted.settings, layers=kept)
+        crafted.config.pesc = crafted.settings.as_dict()
+        if not kept:
+            return None
+        return config if config.layers == "all" else config.model_copy(update={"layers": kept})
+
     def fold_scale(self, model: nn.Module, config: PescConfig) -> PescConfig:
         """U <- s U, then s = 1: for runtimes that know no scale."""
         if not config.has_adapters:

@@ -207,6 +207,12 @@ class SoftMethod(Method):
         owned = parts.exits_of(model).get(depth)
         return (owned["block"],) if owned is not None and "block" in owned else ()
 
+    def exits_own(self, model: nn.Module, config: SoftConfig) -> bool:
+        return bool(parts.exits_of(model))
+
+    def trains_alone(self, config: SoftConfig) -> str:
+        return "a frozen trunk, through which no loss reaches other tensors than the exits'" * config.frozen_trunk
+
     def cut(self, view: Any, config: SoftConfig, depth: int, layers: int) -> MethodConfig | None:
         """A shared trunk cut at n is an elastic model of the exits up to n; a frozen one's slice is a plain model."""
         owned = parts.exits_of(view).get(depth)
@@ -349,13 +355,15 @@ def _exits(
 
 def _exit(model: nn.Module, config: SoftConfig, depth: int, weight: float, hidden: Tensor) -> Exit:
     owned = parts.exits_of(model).get(depth)
-    if owned is not None and "head" in owned:
-        head, logits = owned["head"], owned["head"]
-    else:
-        head, logits = anatomy.head(model), lambda h: anatomy.logits_of(model, h)
+    head: Any = owned["head"] if owned is not None and "head" in owned else anatomy.head(model)
+    cap = anatomy.softcap(model)
+
+    def logits(h: Tensor) -> Tensor:
+        return head(h) if cap is None else (head(h) / cap).tanh() * cap
+
     trained = tuple(p for p in head.parameters() if p.requires_grad)
     weight_only = (head.weight,) if isinstance(head, nn.Linear) and head.bias is None else ()
-    return Exit(depth, weight, hidden, logits, trained, weight_only)  # type: ignore[arg-type]
+    return Exit(depth, weight, hidden, logits, trained, weight_only)
 
 
 def _impl(config: SoftConfig, model: nn.Module) -> str:
@@ -381,7 +389,9 @@ def _swap_head(view: Any, head: nn.Module) -> None:
     base._modules[row.head] = head
     for holder in {id(base): base, id(view): view}.values():
         holder.config = copy.copy(holder.config)
-        holder.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        holder.config.tie_word_embeddings = False
+        if isinstance(getattr(holder, "all_tied_weights_keys", None), dict):
+            holder.all_tied_weights_keys = {}
 
 
 SOFT = SoftMethod()

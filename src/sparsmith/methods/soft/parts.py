@@ -40,14 +40,16 @@ class DepthState:
 
 
 def attach_state(model: nn.Module, seed: int) -> None:
-    object.__setattr__(model, _STATE, DepthState(seed))
+    """On the dense-shaped model inside, which another method may yet wrap."""
+    object.__setattr__(anatomy.base_of(model), _STATE, DepthState(seed))
 
 
 def state_of(model: nn.Module) -> DepthState:
     """The state of a crafted model; an empty one for a model that was read from a settled checkpoint."""
-    if not isinstance(getattr(model, _STATE, None), DepthState):
-        attach_state(model, 42)
-    return cast(DepthState, getattr(model, _STATE))
+    held = anatomy.base_of(model)
+    if not isinstance(getattr(held, _STATE, None), DepthState):
+        attach_state(held, 42)
+    return cast(DepthState, getattr(held, _STATE))
 
 
 def exits_of(model: nn.Module) -> dict[int, nn.ModuleDict]:
