@@ -128,8 +128,9 @@ def _with_own_files(target: str | Path, mode: dict[str, Any]) -> dict[str, Any]:
 
 
 def export(target: str | Path, out: str | Path, **options: Any) -> Any:
-    """Write the settled model as a full checkpoint and prove it in a clean process."""
+    """Write the settled model, or depths of it, as full checkpoints and prove them in a clean process."""
     from sparsmith.durable import write_json
+    from sparsmith.exporting import SliceReports
     from sparsmith.exporting import export as write
 
     model, tokenizer, recipe = load_model(target)
@@ -145,7 +146,9 @@ def export(target: str | Path, out: str | Path, **options: Any) -> Any:
     report = write(model, out, tokenizer=tokenizer, facts=facts, **options)
     if recipe is not None:
         run = open_run(target)
-        write_json(run.proof, {**(run.read(run.proof) or {}), "export": report.proof})
+        cut = report if isinstance(report, SliceReports) else [report]
+        proofs = {f"export, depth {one.slice['depth']}" if one.slice else "export": one.proof for one in cut}
+        write_json(run.proof, {**(run.read(run.proof) or {}), **proofs})
         rewrite_report(run.root)
     return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ class Dtype(StrEnum):
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new folder.")],
+    depth: Annotated[int | None, typer.Option(help="Of a depth-elastic model: cut out this exit.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every depth, each in a folder depth-N of OUT.")] = False,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Number type of the base's weights; absent = as they are.")
     ] = None,
@@ -36,5 +38,7 @@ def export(
     source, target = folder(run, "RUN"), new_path(out, "OUT")
     from sparsmith import app
 
+    cut: dict[str, Any] = {"depths": "all"} if every else {}
+    cut |= {} if depth is None else {"depth": depth}
     chosen = dtype.value if dtype else None
-    SCREEN.show(app.export(source, target, dtype=chosen, fold_scale=fold_scale, proof=proof), "export")
+    SCREEN.show(app.export(source, target, dtype=chosen, fold_scale=fold_scale, proof=proof, **cut), "export")

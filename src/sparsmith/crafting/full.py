@@ -19,8 +19,8 @@ from sparsmith import auto, durable
 from sparsmith.crafting import tensors as strict
 from sparsmith.crafting.base_files import check_config, refuse_other_size
 from sparsmith.crafting.base_model import open_strictly, refuse_partial
-from sparsmith.crafting.delta import method_state, role_of
-from sparsmith.crafting.identity import Identity, compare, identify, our_version, write_identity
+from sparsmith.crafting.delta import role_of
+from sparsmith.crafting.identity import Identity, compare, identify, our_version, plain, write_identity
 from sparsmith.crafting.record import CraftRecord, attach, record_of
 from sparsmith.crafting.settle import mark_settled
 from sparsmith.crafting.standalone import inline
@@ -49,7 +49,9 @@ def prepare(model: PreTrainedModel, *, fold_scale: bool = False, dtype: torch.dt
         configs = tuple(method.fold_scale(model, config) for method, config in record.parts)
         attach(model, replace(record, configs=configs))
     if dtype is not None:
-        kept = set(method_state(settled))
+        # modules of a method's own keep their masters' type; what it trained of the base is the base's
+        parts = [(method, config) for method, config in record.parts if method.standalone_sources()]
+        kept = {name for method, config in parts for name in method.state(settled, config)}
         for name, parameter in model.named_parameters():
             if name not in kept and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
@@ -87,7 +89,8 @@ def load_full(folder: Path, identity: Identity) -> PreTrainedModel:
     listed = identity.rows()
     state = {k: v for k, v in strict.shapes_of(_tensors(model)).items() if k in listed}
     strict.compare_tables(f"{folder}: loaded", state, {name: row for name, row in listed.items() if name in state})
-    attach(model, CraftRecord(configs=configs, base=identity.base_record(), seed=identity.seed))
+    where = identity.slice_record(f"{folder}/sparsmith.json")
+    attach(model, CraftRecord(configs=configs, base=identity.base_record(), seed=identity.seed, slice=where))
     mark_settled(model)
     return model.eval()
 
@@ -100,6 +103,8 @@ def check_identity(folder: Path, identity: Identity) -> None:
     stamp = found.get(_STAMP) if isinstance(found, dict) else None
     stamped = stamp.get("configs") if isinstance(stamp, dict) else None
     compare(f"{folder}/sparsmith.json against {CONFIG}", list(identity.configs), stamped, _EDITED, "configs")
+    cut = stamp.get("slice") if isinstance(stamp, dict) else None
+    compare(f"{folder}/sparsmith.json against {CONFIG}", identity.slice, cut, _EDITED, "slice")
     strict.compare_folder(folder, f"{folder}/sparsmith.json", identity.rows())
 
 
@@ -113,7 +118,8 @@ def standalone_sources(model: PreTrainedModel, record: CraftRecord) -> tuple[str
 def _stamp(folder: Path, record: CraftRecord) -> None:
     """Repeat in config.json how the model was made, so that an edit of either file is seen."""
     config = durable.read_json(folder / CONFIG)
-    config[_STAMP] = {"version": our_version(), "configs": [c.model_dump(mode="json") for c in record.configs]}
+    cut = {"slice": plain(record.slice.as_dict())} if record.slice else {}
+    config[_STAMP] = {"version": our_version(), "configs": [c.model_dump(mode="json") for c in record.configs], **cut}
     (folder / CONFIG).write_text(durable.json_text(config), encoding="utf-8")
 
 

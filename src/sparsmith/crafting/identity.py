@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from sparsmith import durable
-from sparsmith.crafting.record import BaseRecord, CraftRecord
+from sparsmith.crafting.record import BaseRecord, CraftRecord, SliceRecord
 from sparsmith.crafting.tensors import TensorRow
 from sparsmith.errors import CheckpointError, CheckpointMismatch
 from sparsmith.manifests import refuse_newer
@@ -47,6 +47,16 @@ class BaseIdentity(StrictModel):
     full_hash: str | None
 
 
+class _Slice(StrictModel):
+    """`crafting.record.SliceRecord` as it lies in the file."""
+
+    depth: int
+    of: int
+    exits: tuple[int, ...]
+    parent: str
+    configs: tuple[dict[str, Any], ...]
+
+
 class Identity(StrictModel):
     """All of `sparsmith.json`."""
 
@@ -61,10 +71,12 @@ class Identity(StrictModel):
     model_config_json: dict[str, Any] | None
     """Full: what config.json must say."""
     tensors: dict[str, TensorRow]
+    slice: dict[str, Any] | None = None
+    """Full: of a model that was cut out of a depth-elastic one, where (`crafting.record.SliceRecord`)."""
 
     def core(self) -> dict[str, Any]:
         """The part that a delta repeats in the header of its weights, so that an edit of either is seen."""
-        return self.model_dump(mode="json", exclude={"tensors", "model_config_json"})
+        return self.model_dump(mode="json", exclude={"tensors", "model_config_json", "slice"})
 
     def rows(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype name), as `tensors.compare_tables` wants it."""
@@ -81,6 +93,18 @@ class Identity(StrictModel):
                 "configs that this version of sparsmith reads",
                 "Use the version that wrote it: " + self.sparsmith + ".",
             ) from fault
+
+    def slice_record(self, where: str) -> SliceRecord | None:
+        """Where it was cut out, of a slice."""
+        if self.slice is None:
+            return None
+        try:
+            found = _Slice.model_validate(self.slice)
+        except ValidationError as fault:
+            raise CheckpointMismatch(
+                f"{where}: slice", " ".join(str(fault).split()), "where the slice was cut", "Restore the file."
+            ) from fault
+        return SliceRecord(found.depth, found.of, found.exits, found.parent, found.configs)
 
     def base_record(self) -> BaseRecord:
         folder = Path(self.base.folder) if self.base.folder else None
@@ -125,6 +149,7 @@ def identify(
         frozen_hash=frozen_hash,
         model_config_json=model_config,
         tensors=tensors,
+        slice=record.slice.as_dict() if record.slice else None,
     )
 
 
@@ -172,7 +197,8 @@ def base_hash(folder: Path | None, mode: Literal["fast", "full"]) -> str | None:
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    (folder / FILE).write_text(durable.json_text(identity.model_dump(mode="json")), encoding="utf-8")
+    absent = {"slice"} if identity.slice is None else set()
+    (folder / FILE).write_text(durable.json_text(identity.model_dump(mode="json", exclude=absent)), encoding="utf-8")
 
 
 def read_identity(folder: Path) -> Identity:

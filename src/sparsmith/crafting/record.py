@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsmith.errors import CheckpointError
 
@@ -31,6 +31,25 @@ class BaseRecord:
 
 
 @dataclass(frozen=True)
+class SliceRecord:
+    """Of a model that was cut out of a depth-elastic one: where."""
+
+    depth: int
+    """The exit that it is, in blocks of the parent."""
+    of: int
+    """Blocks of the parent."""
+    exits: tuple[int, ...]
+    """Of the parent."""
+    parent: str
+    """Hash of the settled parent's tensors, as `crafting.tensors.content_hash` tells it."""
+    configs: tuple[dict[str, Any], ...]
+    """How the parent was made."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "exits": list(self.exits), "configs": list(self.configs)}
+
+
+@dataclass(frozen=True)
 class CraftRecord:
     """The configs that shaped a model, in their order, and the base that they shaped."""
 
@@ -39,6 +58,8 @@ class CraftRecord:
     seed: int = 42
     neutral: dict = field(default_factory=dict)
     """Result of the proof that crafting left the function unchanged."""
+    slice: SliceRecord | None = None
+    """Where it was cut out, of a slice."""
 
     @property
     def base_id(self) -> str:

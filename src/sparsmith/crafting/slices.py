@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsmith import anatomy
 from sparsmith.anatomy import views
-from sparsmith.crafting.record import CraftRecord, attach, record_of
+from sparsmith.crafting.record import CraftRecord, SliceRecord, attach, record_of
 from sparsmith.errors import CheckpointError, MethodError
 
 
@@ -47,12 +47,40 @@ def at_depth(model: nn.Module, depth: int) -> Any:
     return _cut(model, depth)
 
 
+def slice_of(model: nn.Module, depth: int | None = None, *, parent: str = "") -> Any:
+    """What a checkpoint of its own holds of one depth: `at_depth`, and of the full depth the model without what its other exits own.
+
+    Args:
+        depth: one of `depths_of(model)`; None = the full depth, which is the model itself where the exits own nothing.
+        parent: hash of the settled model, for the record.
+    """
+    layers = len(anatomy.blocks(model))
+    if depth is None and not _exits_own(model):
+        return model
+    found = _cut(model, layers) if depth in (None, layers) and _record(model) else at_depth(model, depth or layers)
+    record = _record(model)
+    if record is not None:
+        configs = tuple(config.model_dump(mode="json") for config in record.configs)
+        stamp = SliceRecord(depth or layers, layers, depths_of(model), parent, configs)
+        attach(found, replace(cast(CraftRecord, _record(found)), slice=stamp))
+    return found
+
+
+def _exits_own(model: nn.Module) -> bool:
+    """Whether the model holds blocks or heads that only some of its exits use."""
+    record = _record(model)
+    return any(method.exits_own(model, config) for method, config in record.parts) if record else False
+
+
 def _cut(model: nn.Module, depth: int) -> Any:
     record = cast(CraftRecord, _record(model))
     tail = [block for method, config in record.parts for block in method.tail_at(model, config, depth)]
     view = views.first_blocks(model, depth, tail)
-    configs = [method.cut(view, config, depth, len(anatomy.blocks(model))) for method, config in record.parts]
-    attach(view, replace(record, configs=tuple(config for config in configs if config is not None)))
+    cut = [(method, method.cut(view, config, depth, len(anatomy.blocks(model)))) for method, config in record.parts]
+    kept = tuple(config for _, config in cut if config is not None)
+    if all(type(view).__module__ not in method.standalone_sources() for method, config in cut if config is not None):
+        view = anatomy.base_of(view)  # of a wrapper nothing is left
+    attach(view, replace(record, configs=kept))
     return view
 
 

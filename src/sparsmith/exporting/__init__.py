@@ -1,7 +1,7 @@
 """Folders that others open: export with its proof and card, import of published checkpoints, verification."""
 
 from sparsmith.exporting.folder import export
-from sparsmith.exporting.report import ExportReport
+from sparsmith.exporting.report import ExportReport, SliceReports
 from sparsmith.exporting.verify import VerifyReport, verify
 
-__all__ = ["ExportReport", "VerifyReport", "export", "verify"]
+__all__ = ["ExportReport", "SliceReports", "VerifyReport", "export", "verify"]

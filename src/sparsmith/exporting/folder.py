@@ -6,23 +6,28 @@ All or nothing: the folder is written beside its place, proven there, and rename
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sparsmith import durable
+from sparsmith import anatomy, durable
 from sparsmith.crafting import full
 from sparsmith.crafting.base_model import open_tokenizer
 from sparsmith.crafting.checkpoint import estimate_bytes, find_checkpoint, load
-from sparsmith.crafting.identity import FILE
-from sparsmith.crafting.record import record_of
+from sparsmith.crafting.identity import FILE, Identity
+from sparsmith.crafting.plan import plan
+from sparsmith.crafting.record import SliceRecord, record_of
 from sparsmith.crafting.settle import Drift, drift, is_settled, settle_report, settled_copy
+from sparsmith.crafting.slices import at_depth, depths_of, slice_of
+from sparsmith.crafting.tensors import content_hash
+from sparsmith.errors import MethodError, ProofError, UsageError
 from sparsmith.exporting.model_card import count_parameters, model_card
 from sparsmith.exporting.prove import prove
-from sparsmith.exporting.report import ExportReport
+from sparsmith.exporting.report import ExportReport, SliceReports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,36 +39,90 @@ def export(
     model: PreTrainedModel | str | Path,
     out: str | Path,
     *,
+    depth: int | None = None,
+    depths: Literal["all"] | Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     proof: bool = True,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     fold_scale: bool = False,
     facts: Mapping[str, Any] | None = None,
-) -> ExportReport:
+) -> Any:
     """Write a model that others open.
 
     Args:
         model: a crafted model (left untouched; one that is not settled is settled in a copy), or the folder of a
-            checkpoint or run. out: the folder to make. tokenizer: written beside the weights, its chat template with
-            it; a checkpoint folder's own where there is one. proof: open the folder in a clean process and compare
-            logits; the figures go into the card and `proof.json`. dtype: number type of the base's weights in the files
-            (default: as they are). What the methods added keeps float32. fold_scale: multiply constant scales into the
-            weights. facts: of the run, for the card: `recipe` (text), `run`, `plan`, `proof` (plain data).
+            checkpoint or run. out: the folder to make. depth: of a depth-elastic model, the exit that is cut out; absent
+            = the full depth. depths: several, or `all`, each in a folder `depth-N` of `out`. tokenizer: written beside
+            the weights, its chat template with it; a checkpoint folder's own where there is one. proof: open the folder
+            in a clean process and compare logits; the figures go into the card and `proof.json`. dtype: number type of
+            the base's weights in the files (default: as they are). What the methods added keeps float32. fold_scale:
+            multiply constant scales into the weights. facts: of the run, for the card: `recipe` (text), `run`, `plan`,
+            `proof` (plain data).
+
+    Returns:
+        An `ExportReport`; with `depths` a `SliceReports` of one for each.
 
     Raises:
+        MethodError: a depth that was not tuned as an exit.
         ProofError: the folder does not open elsewhere or computes something else; it is not kept.
     """
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or _tokenizer_beside(find_checkpoint(Path(model)))
         model = load(model)
+    chosen = _chosen(model, depth, depths)
     settled = model if is_settled(model) else settled_copy(model)
-    exported = full.prepare(settled, fold_scale=fold_scale, dtype=getattr(torch, dtype) if dtype else None)
-    report = settle_report(settled)
-    changed = drift(settled, exported) if exported is not settled else None
-    out = Path(out)
+    prepared = full.prepare(settled, fold_scale=fold_scale, dtype=getattr(torch, dtype) if dtype else None)
+    changed = drift(settled, prepared) if prepared is not settled else None
+    parent = content_hash(prepared.state_dict().items()) if chosen else ""
+    merged = settle_report(settled)
+    figures = {
+        "settle": merged.as_dict() if merged and merged.merged else None,
+        "conversion": asdict(changed) if isinstance(changed, Drift) else None,
+    }
+    reports = [
+        _write(
+            slice_of(prepared, one, parent=parent),
+            Path(out) / f"depth-{one}" if depths is not None else Path(out),
+            tokenizer,
+            proof,
+            figures,
+            dict(facts or {}),
+        )
+        for one in chosen or (None,)
+    ]
+    return reports[0] if depths is None else SliceReports(tuple(reports))
+
+
+def _chosen(model: Any, depth: int | None, depths: str | Sequence[int] | None) -> tuple[int, ...]:
+    """The depths to cut out, all of them checked before the first is written; () = the model as it is."""
+    if depth is not None and depths is not None:
+        raise UsageError("depth", f"{depth} beside `depths`", "one of the two", "Drop one.")
+    if depth is None and depths is None:
+        return ()
+    known = depths_of(model)
+    if depths == "all":
+        if len(known) == 1:
+            mend = "Tune the model with `method: soft`, or export without depths."
+            raise MethodError("depths", f"a model of the one depth {known[0]}", "a depth-elastic model", mend)
+        return known
+    wanted = (depth,) if depth is not None else tuple(int(one) for one in depths or ())
+    if not wanted:
+        raise UsageError("depths", "an empty list", "at least one depth", "Name one of " + ", ".join(map(str, known)))
+    for one in wanted:
+        at_depth(model, one)
+    return wanted
+
+
+def _write(
+    exported: PreTrainedModel, out: Path, tokenizer: Any, proof: bool, figures: dict[str, Any], facts: dict[str, Any]
+) -> ExportReport:
+    """One folder, whole and proven or not there."""
+    record = record_of(exported)
     with durable.durable_folder(out, needed=estimate_bytes(exported, True)) as folder:
-        needs_code = bool(full.standalone_sources(exported, record_of(exported)))
-        full.write_full(exported, folder)
+        needs_code = bool(full.standalone_sources(exported, record))
+        identity = full.write_full(exported, folder)
+        if record.slice is not None:
+            _check_count(exported, identity)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _refuse_traps(folder)
@@ -75,13 +134,40 @@ def export(
             bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             parameters=count_parameters(exported),
             proof=proven,
-            settle=report.as_dict() if report and report.merged else None,
-            conversion=asdict(changed) if isinstance(changed, Drift) else None,
+            **figures,
+            slice=slice_facts(exported, record.slice) if record.slice else None,
         )
         if proven is not None:
             (folder / PROOF).write_text(durable.json_text(proven), encoding="utf-8")
-        (folder / CARD).write_text(model_card(exported, result, dict(facts or {})), encoding="utf-8")
+        (folder / CARD).write_text(model_card(exported, result, facts), encoding="utf-8")
     return result
+
+
+def slice_facts(model: PreTrainedModel, cut: SliceRecord) -> dict[str, Any]:
+    """Of the report and the card: the exit, how many blocks it has, and what it was cut from."""
+    return {
+        "depth": cut.depth,
+        "of": cut.of,
+        "blocks": len(anatomy.blocks(model)),
+        "exits": list(cut.exits),
+        "parent": cut.parent,
+        "still_elastic": list(depths_of(model)),
+    }
+
+
+def _check_count(model: PreTrainedModel, identity: Identity) -> None:
+    """The files hold as many numbers as the config of the slice says, tied weights once."""
+    config = getattr(model.config, "base_config", None) or model.config
+    configs = record_of(model).configs
+    wanted = plan(config, configs).total_params if configs else anatomy.shape_of(config).total_params
+    found = sum(math.prod(row.shape) for row in identity.tensors.values())
+    if found != wanted:
+        raise ProofError(
+            "export",
+            f"{found:,} numbers in the files",
+            f"{wanted:,}, as the config of the slice says",
+            "This is a fault of the cut; please report it.",
+        )
 
 
 def _refuse_traps(folder: Path) -> None:

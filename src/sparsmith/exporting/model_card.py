@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from sparsmith import anatomy
 from sparsmith.crafting.identity import our_version
 from sparsmith.crafting.record import record_of
+from sparsmith.exporting.elsewhere import card
+from sparsmith.exporting.report import ExportReport, slice_words
+from sparsmith.methods import registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsmith.exporting.report import ExportReport
+    from sparsmith.methods.base import Method, MethodConfig
 
 _OPEN = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,6 +38,8 @@ def model_card(model: PreTrainedModel, report: ExportReport, facts: dict[str, An
         "## Method\n\n" + _methods(model),
         "## Proof\n\n" + _proofs(report, facts),
     ]
+    if report.slice:
+        parts.insert(3, "## Depth\n\n" + _depth(report))
     if report.settle:
         parts.append("## Merge\n\n" + _merge(report.settle))
     if facts.get("run"):
@@ -54,7 +59,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _front_matter(model: PreTrainedModel, report: ExportReport) -> str:
-    methods = [method.name for method, _ in record_of(model).parts]
+    methods = [method.name for method, _ in _made_by(model)]
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- sparsmith"]
     lines += [f"- {name}" for name in methods]
     return "---\n" + "\n".join(lines) + "\n---"
@@ -62,11 +67,33 @@ def _front_matter(model: PreTrainedModel, report: ExportReport) -> str:
 
 def _what(model: PreTrainedModel, report: ExportReport) -> str:
     record = record_of(model)
-    titles = ", then ".join(method.title for method, _ in record.parts)
+    titles = ", then ".join(method.title for method, _ in _made_by(model))
     base = record.base.id.rstrip("/").split("/")
     name = "/".join(base[-2:]) if not record.base.id.startswith("/") else base[-1]
     made = f"Made with sparsmith {our_version()}" + (f" from `{name}`" if record.base.id else "")
-    return f"{made} by {titles}. Model type `{report.model_type}`."
+    depth = " " + slice_words(report.slice) if report.slice else ""
+    return f"{made} by {titles}. Model type `{report.model_type}`.{depth}"
+
+
+def _made_by(model: PreTrainedModel) -> tuple[tuple[Method, MethodConfig], ...]:
+    """The methods and their settings; of a slice those of the model that it was cut from."""
+    record = record_of(model)
+    if record.slice is None:
+        return record.parts
+    methods = [(registry.get(row["method"]), row) for row in record.slice.configs]
+    return tuple((method, method.config_class.model_validate(row)) for method, row in methods)
+
+
+def _depth(report: ExportReport) -> str:
+    cut = report.slice or {}
+    rows = [
+        ("exit", f"{cut['depth']} of {cut['of']}"),
+        ("blocks", str(cut["blocks"])),
+        ("exits of the parent", ", ".join(map(str, cut["exits"]))),
+        ("hash of the parent", f"`{cut['parent']}`"),
+    ]
+    text = _table(("", ""), rows)
+    return text + ("\n\n" + card(report.path.name, stock=not report.needs_code) if report.is_cut else "")
 
 
 def _opening(report: ExportReport) -> str:
@@ -88,7 +115,7 @@ def _sizes(report: ExportReport) -> list[tuple[str, str]]:
 
 def _methods(model: PreTrainedModel) -> str:
     parts = []
-    for method, config in record_of(model).parts:
+    for method, config in _made_by(model):
         settings = config.model_dump(mode="json")
         rows = [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in settings.items() if key != "method"]
         parts.append(f"[{method.title}]({method.paper})\n\n" + _table(("setting", "value"), rows))

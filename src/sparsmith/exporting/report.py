@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sparsmith.exporting.elsewhere import commands, told
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,101 @@ class ExportReport:
     """Figures of the merge: per matrix the relative error; largest logit difference and mean KL on the probe."""
     conversion: dict[str, Any] | None = field(default=None)
     """With `dtype` or `fold_scale`: the exported model against the settled one on the probe."""
+    slice: dict[str, Any] | None = None
+    """Of one depth of a depth-elastic model: `depth`, `of` (blocks of the parent), `blocks`, `exits`, `parent` (hash of the settled
+    parent), `still_elastic` (the depths at which the slice can be read out in turn)."""
+
+    @property
+    def is_cut(self) -> bool:
+        """True for an inner exit; False for the full depth, also where the exits' own blocks were left out of it."""
+        return self.slice is not None and self.slice["depth"] < self.slice["of"]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+        return {**asdict(self), "path": str(self.path), "elsewhere": self.elsewhere()}
+
+    def elsewhere(self) -> dict[str, str]:
+        """Runtime -> command with which a slice is used there."""
+        return dict(commands(self.path, stock=not self.needs_code)) if self.is_cut else {}
+
+    def proof_words(self) -> str:
+        if self.proof is None:
+            return "not proven"
+        return "logits equal" if self.proof["bitwise"] else "logits within rounding"
+
+    def _line(self) -> str:
+        code = "trust_remote_code=True" if self.needs_code else "no remote code"
+        size = f"{self.bytes / 1e6:,.1f} MB, {self.model_type}, {code}"
+        return f"export: {self.path} ({size}); proof: {self.proof_words()}"
 
     def __str__(self) -> str:
-        proof = (
-            "not proven"
-            if self.proof is None
-            else "logits equal"
-            if self.proof["bitwise"]
-            else "logits within rounding"
-        )
-        code = "trust_remote_code=True" if self.needs_code else "no remote code"
-        return f"export: {self.path} ({self.bytes / 1e6:,.1f} MB, {self.model_type}, {code}); proof: {proof}"
+        lines = [self._line()]
+        if self.slice is not None:
+            lines.append(slice_words(self.slice))
+        if self.is_cut:
+            lines.append(told(self.path, stock=not self.needs_code))
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        return _unwrapped(str(self))
+
+
+def _unwrapped(text: str) -> Any:
+    """For a terminal: commands to copy keep their lines."""
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ignore")
+
+
+def slice_words(cut: dict[str, Any]) -> str:
+    """One sentence: which depth this is."""
+    if cut["depth"] == cut["of"]:
+        return f"The full depth, {cut['of']} blocks; what other exits own is left out."
+    own = f", the last of them the exit's own ({cut['blocks']} in all)" if cut["blocks"] > cut["depth"] else ""
+    more = [str(n) for n in cut["still_elastic"] if n < cut["blocks"]]
+    inner = f" It can still be read out after {', '.join(more)} blocks." if more else ""
+    return f"Exit {cut['depth']} of {cut['of']} blocks{own}.{inner}"
+
+
+@dataclass(frozen=True)
+class SliceReports:
+    """The reports of several depths."""
+
+    reports: tuple[ExportReport, ...]
+
+    def __iter__(self) -> Iterator[ExportReport]:
+        return iter(self.reports)
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"slices": [report.as_dict() for report in self.reports]}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                str((report.slice or {}).get("depth", "")),
+                str((report.slice or {}).get("blocks", "")),
+                f"{report.parameters['total']:,}",
+                f"{report.bytes / 1e6:,.1f}",
+                report.proof_words(),
+                str(report.path),
+            )
+            for report in self.reports
+        ]
+
+    def _hints(self) -> str:
+        cut = next((report for report in self.reports if report.is_cut), None)
+        return told(cut.path, stock=not cut.needs_code) if cut else ""
+
+    def __str__(self) -> str:
+        rows = [_HEADS, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *filter(None, [self._hints()])])
+
+    def __rich__(self) -> Any:
+        return _unwrapped(str(self))
+
+
+_HEADS = ("depth", "blocks", "parameters", "MB", "proof", "folder")
