@@ -12,6 +12,7 @@ import pytest
 
 from sparsmith.reporting import write_report
 from tests.kit.runfolder import make_run
+from tests.kit.softfolder import make_soft_run
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -49,18 +50,31 @@ def report(tmp_path_factory):
     return write_report(runs, root / "report.html")
 
 
-@pytest.mark.parametrize("width", [1280, 500])
-def test_figures_tables_and_samples_are_laid_out(report, tmp_path, width):
-    probed = tmp_path / "probed.html"
-    probed.write_text(report.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    dom = browse(probed, tmp_path / "profile", f"--window-size={width},900", "--dump-dom")
+def laid_out(page, folder, width):
+    """What the probe saw in a window of that width."""
+    probed = folder / "probed.html"
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    dom = browse(probed, folder / "profile", f"--window-size={width},900", "--dump-dom")
     seen = json.loads(unescape(re.search(r'data-seen="(.*?)"', dom).group(1)))
     assert seen["scroll"] <= seen["client"], f"the page is wider than the window: {seen['wide'][:5]}"
     assert seen["small"] == 0
-    assert seen["svgs"] == 11 and seen["paths"] > 500
-    assert seen["tables"] >= 12 and seen["samples"] == 3
     assert seen["scripts"] == 1, "only the probe's own script"
     assert seen["asked"] == seen["images"] == 0
+    return seen
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_figures_tables_and_samples_are_laid_out(report, tmp_path, width):
+    seen = laid_out(report, tmp_path, width)
+    assert seen["svgs"] == 11 and seen["paths"] > 500
+    assert seen["tables"] >= 12 and seen["samples"] == 3
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_run_of_many_depths_is_laid_out(tmp_path, width):
+    runs = [make_soft_run(tmp_path / "soft"), make_soft_run(tmp_path / "longer", lift=1.1, gap=0.05)]
+    seen = laid_out(write_report(runs, tmp_path / "report.html"), tmp_path, width)
+    assert seen["svgs"] >= 10 and seen["tables"] >= 16
 
 
 def test_the_page_as_the_browser_holds_it(report, tmp_path):

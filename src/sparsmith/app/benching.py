@@ -238,13 +238,18 @@ class _Bench:
         self.ways = measure_ways(
             self.model, self.prompts, self._ways(), new_tokens=settings.new_tokens, repeats=settings.repeats
         )
-        full = next(
-            (row.get("loss") for row in self.result.speed if row["depth"] == self.layers and row["system"] == "tuned"),
-            None,
-        )
+        losses |= self._depth_losses()
         for way in self.ways:
-            loss = losses.get(way.way.name) if way.way.kind == "exits" else full
+            # drafts write what the full depth writes
+            loss = losses.get("token by token" if way.way.kind == "speculation" else way.way.name)
             self.result.ways.append({**way.as_dict(), **({"loss": loss} if loss is not None else {})})
+
+    def _depth_losses(self) -> dict[str, float]:
+        rows = [row for row in self.result.speed if row["system"] == "tuned" and "loss" in row]
+        named = {
+            row["depth"]: "token by token" if row["depth"] == self.layers else f"depth {row['depth']}" for row in rows
+        }
+        return {named[row["depth"]]: row["loss"] for row in rows}
 
     def _ways(self) -> list[Way]:
         from sparsmith.evaluating.latency import Way
@@ -253,6 +258,7 @@ class _Bench:
         drafts = [(exit, length) for exit in inner[:2] for length in DRAFTS]
         return [
             Way("token by token", "plain", {}),
+            *(Way(f"depth {n}", "depth", {"depth": n}) for n in inner),
             *(
                 Way(f"drafts {n}:{k}", "speculation", {"self_speculative": {"exit": n, "draft_len": k}})
                 for n, k in drafts

@@ -98,7 +98,7 @@ class Way:
 
     name: str
     kind: str
-    """`plain`, `speculation` or `exits`."""
+    """`plain`, `depth`, `speculation` or `exits`."""
     options: dict[str, Any]
 
 
@@ -113,7 +113,7 @@ class WaySpeed:
     figures: dict[str, Any]
     """Of the way: acceptance and passes, or mean depth, histogram and agreement."""
     same_text: bool | None
-    """Whether every answer is the full model's, token by token; None for exits, which are lossy by nature."""
+    """Of drafts: whether every answer is the full model's, token by token; None for what is lossy by nature."""
     answers: list[tuple[list[int], tuple[int, ...] | None]]
     """Per prompt the new tokens, and for exits the depth that each was read at."""
 
@@ -151,7 +151,7 @@ def measure_ways(
             Timing.of(times[place]),
             sum(lengths[place]),
             _figures([answer.stats for answer in found[place]]),
-            None if way.kind == "exits" else [answer.ids.tolist() for answer in found[place]] == reference,
+            None if way.kind in ("depth", "exits") else [answer.ids.tolist() for answer in found[place]] == reference,
             [_answer(answer, ids) for answer, ids in zip(found[place], given)],
         )
         for place, way in enumerate(ways)

@@ -113,13 +113,13 @@ def _patch(colour: str, label: str) -> Any:
 
 
 def ink_on(colour: str) -> str:
-    """White or ink, whichever reads better on a colour (WCAG contrast)."""
+    """White or black, whichever reads better on a colour (WCAG contrast; never below 4.5)."""
     from matplotlib.colors import to_rgb
 
     rgb = np.array(to_rgb(colour))
     linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     light = float(linear @ [0.2126, 0.7152, 0.0722])
-    return "white" if 1.05 / (light + 0.05) > (light + 0.05) / 0.0635 else INK
+    return "#ffffff" if 1.05 / (light + 0.05) > (light + 0.05) / 0.05 else "#000000"
 
 
 @dataclass(frozen=True)
@@ -127,20 +127,20 @@ class Point:
     """One way of running a model."""
 
     kind: str
-    """`depth`, `base`, `token by token`, `drafts` or `exits`."""
+    """`base`, `depth`, `drafts` or `exits`."""
     ms: float
     quality: float
     label: str
 
 
-_MARKERS = {"base": "s", "depth": "o", "token by token": "*", "drafts": "D", "exits": "^"}
+_MARKERS = {"base": "s", "depth": "o", "drafts": "D", "exits": "^"}
 _WORDS = {
     "base": "base",
-    "depth": "a depth, token by token",
-    "token by token": "all blocks, token by token",
-    "drafts": "drafts for itself (depth:length)",
+    "depth": "at one depth (blocks)",
+    "drafts": "drafting for itself (depth:length)",
     "exits": "confidence exits (threshold)",
 }
+_FILLED = ("base", "depth")
 
 
 def speed_and_quality(
@@ -148,14 +148,23 @@ def speed_and_quality(
 ) -> Figure:
     """A panel per way of measuring: time against loss, a colour per run, a marker per kind; depths are joined by a line."""
     with style():
-        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, (name, runs) in zip(axes, panels.items()):
             for run, points in runs.items():
-                _points(axis, points, colours[run], colours["base"])
+                line = sorted((p for p in points if p.kind == "depth"), key=lambda p: p.ms)
+                axis.plot([p.ms for p in line], [p.quality for p in line], color=colours[run], linewidth=1.1, alpha=0.5)
+            _mark(
+                axis,
+                [
+                    (point, colours["base" if point.kind == "base" else run])
+                    for run, points in runs.items()
+                    for point in points
+                ],
+            )
             axis.set_title(name)
             axis.set_xlabel("ms per token")
-            axis.margins(x=0.12, y=0.12)
+            axis.margins(x=0.06, y=0.16)
             axis.grid(axis="x", color=LINE)
             axis.set_xlim(left=0)
         axes[0].set_ylabel(ylabel)
@@ -163,40 +172,40 @@ def speed_and_quality(
     return figure
 
 
-def _points(axis: Axes, points: Sequence[Point], colour: str, base: str) -> None:
-    line = sorted((p for p in points if p.kind == "depth"), key=lambda p: p.ms)
-    axis.plot([p.ms for p in line], [p.quality for p in line], color=colour, linewidth=1.1, alpha=0.5)
-    seen: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda p: (p.kind != "depth", p.ms)):
-        own = base if point.kind == "base" else colour
-        filled = point.kind in ("depth", "base", "token by token")
-        size = 11 if point.kind == "token by token" else 7
+def _mark(axis: Axes, points: Sequence[tuple[Point, str]]) -> None:
+    """Markers with their labels; a label near others of its side moves on."""
+    wide = max(point.ms for point, _ in points) or 1.0
+    high = max(p.quality for p, _ in points) - min(p.quality for p, _ in points) or 1.0
+    seen: list[tuple[bool, float, float]] = []
+    for point, colour in sorted(points, key=lambda pair: pair[0].ms):
         axis.plot(
             point.ms,
             point.quality,
             _MARKERS[point.kind],
-            color=own,
-            markersize=size,
-            markerfacecolor=own if filled else "white",
+            color=colour,
+            markersize=7,
+            markerfacecolor=colour if point.kind in _FILLED else "white",
             markeredgewidth=1.5,
         )
-        crowd = sum(abs(point.ms - x) < 0.06 * _reach(points) and y == point.quality for x, y in seen)
-        seen.append((point.ms, point.quality))
-        below = point.kind in ("drafts", "token by token")
+        below = point.kind == "drafts"
+        near = [
+            place
+            for place in seen
+            if place[0] == below
+            and abs(place[1] - point.ms) < 0.07 * wide
+            and abs(place[2] - point.quality) < 0.12 * high
+        ]
+        seen.append((below, point.ms, point.quality))
         axis.annotate(
             point.label,
             (point.ms, point.quality),
-            xytext=(0, (-9 if below else 8) + (-10 if below else 10) * crowd),
+            xytext=(0, (-1 if below else 1) * (8 + 11 * len(near))),
             textcoords="offset points",
             ha="center",
             va="top" if below else "bottom",
-            fontsize=8,
-            color=own,
+            fontsize=8.5,
+            color=colour,
         )
-
-
-def _reach(points: Sequence[Point]) -> float:
-    return max(point.ms for point in points)
 
 
 def _legend(panels: Mapping[str, Mapping[str, Sequence[Point]]], colours: Mapping[str, str]) -> list[Any]:
@@ -207,7 +216,7 @@ def _legend(panels: Mapping[str, Mapping[str, Sequence[Point]]], colours: Mappin
     handles = [Line2D([], [], color=colours[run], label=run) for run in runs] if len(runs) > 1 else []
     for kind, marker in _MARKERS.items():
         if kind in kinds:
-            filled = MUTED if kind in ("depth", "base", "token by token") else "white"
+            filled = MUTED if kind in _FILLED else "white"
             handles.append(
                 Line2D([], [], color=MUTED, marker=marker, markerfacecolor=filled, linestyle="", label=_WORDS[kind])
             )

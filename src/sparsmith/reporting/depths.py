@@ -161,30 +161,31 @@ def _marked(tokens: Sequence[Sequence[Any]], tones: Mapping[int, str]) -> list[d
 
 def speed_and_quality(runs: Sequence[Run]) -> Chart | None:
     """Milliseconds per token against held-out loss, of every run that was measured."""
-    several, one = {}, {}
+    panels: dict[str, dict[str, list[Point]]] = {}
     for run in runs:
-        if not (run.bench and any("loss" in row for row in run.bench["speed"])):
-            continue
-        several[run.name] = _speed_points(run.bench)
-        if ways := _way_points(run.bench):
-            one[run.name] = ways
-    if not several:
+        bench = run.bench or {"ways": [], "speed": []}
+        ways, speed = _way_points(bench), _speed_points(bench)
+        if ways:
+            panels.setdefault("Held-out prompts, prefill included", {})[run.name] = ways
+        elif speed:
+            panels.setdefault("Random prompts of one length, decode alone", {})[run.name] = speed
+    if not panels:
         return None
-    panels = {"Random prompts of one length, decode alone": several}
-    if one:
-        panels["Held-out prompts, prefill included"] = one
     caption = (
-        "Down and to the left is better: faster, and a lower held-out loss. The two panels differ in what is timed, so compare points of "
-        "one panel. Drafts write the full model's text and stand at its loss; exits are read at the loss of their own mixture of depths."
+        "Down and to the left is better: faster, and a lower held-out loss. Drafts write the full depth's text and stand at its loss; "
+        "exits stand at the loss of the mixture of depths that they read tokens at."
     )
+    if len(panels) > 1:
+        caption += " The panels differ in what is timed: compare points of one panel."
     figure = depth_plots.speed_and_quality(panels, colours(runs), ylabel="held-out loss, nats per answer token")
     return chart(figure, caption, "Speed against quality, one prompt at a time")
 
 
 def _speed_points(bench: Mapping[str, Any]) -> list[Point]:
+    kinds = {"base": "base", "tuned": "depth"}
     return [
         Point(
-            "base" if row["system"] == "base" else "depth",
+            kinds[row["system"]],
             row["ms_per_token"]["1"]["value"],
             row["loss"],
             "base" if row["system"] == "base" else str(row["depth"]),
@@ -194,20 +195,22 @@ def _speed_points(bench: Mapping[str, Any]) -> list[Point]:
     ]
 
 
-_KINDS = {"plain": "token by token", "speculation": "drafts", "exits": "exits"}
+_KINDS = {"plain": "depth", "depth": "depth", "speculation": "drafts", "exits": "exits"}
 
 
 def _way_points(bench: Mapping[str, Any]) -> list[Point]:
-    """Ways over the held-out prompts; the fastest drafts of each depth, so that labels stay apart."""
+    """Ways over the held-out prompts; of the drafts of a depth the fastest, so that labels stay apart."""
     found: dict[str, Point] = {}
     for way in bench["ways"]:
         if "loss" not in way:
             continue
-        label = way["name"].split()[-1] if way["kind"] != "plain" else "all blocks"
-        if "calibrated" in way["name"]:
+        kind, label = _KINDS[way["kind"]], way["name"].split()[-1]
+        if way["kind"] == "plain":
+            label = str(bench["facts"]["layers"])
+        elif "calibrated" in way["name"]:
             label = f"calibrated {label}"
-        point = Point(_KINDS[way["kind"]], way["ms_per_token"]["value"], way["loss"], label)
-        key = label.split(":")[0] if way["kind"] == "speculation" else label
+        point = Point(kind, way["ms_per_token"]["value"], way["loss"], label)
+        key = f"{kind} {label.split(':')[0]}"
         if key not in found or point.ms < found[key].ms:
             found[key] = point
     return list(found.values())

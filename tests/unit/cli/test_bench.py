@@ -56,15 +56,19 @@ def test_every_depth_stands_beside_the_base(soft):
 def test_ways_of_writing(soft):
     _, found = soft
     ways = {way["name"]: way for way in found["ways"]}
-    assert set(ways) == {
-        "token by token", "drafts 1:2", "drafts 1:4", "drafts 2:2", "drafts 2:4", "exits calibrated for 0.5", "exits 0.9", "exits 0.7",
-    }  # fmt: skip
+    drafted, exits = ("1:2", "1:4", "2:2", "2:4"), ("calibrated for 0.5", "0.9", "0.7")
+    assert list(ways) == [
+        *("token by token", "depth 1", "depth 2"),
+        *(f"drafts {name}" for name in drafted),
+        *(f"exits {name}" for name in exits),
+    ]
     drafts = [way for way in ways.values() if way["kind"] == "speculation"]
     assert all(way["same_text"] is True and 0 <= way["acceptance"] <= 1 and way["drafted"] > 0 for way in drafts)
-    exits = [way for way in ways.values() if way["kind"] == "exits"]
-    assert all(sum(way["histogram"].values()) == way["tokens"] for way in exits)
-    assert all(1 <= way["mean_depth"] <= LAYERS and 0 <= way["agreement"] <= 1 for way in exits)
-    assert ways["token by token"]["loss"] == ways["drafts 2:4"]["loss"]
+    left = [way for way in ways.values() if way["kind"] == "exits"]
+    assert all(sum(way["histogram"].values()) == way["tokens"] for way in left)
+    assert all(1 <= way["mean_depth"] <= LAYERS and 0 <= way["agreement"] <= 1 for way in left)
+    assert ways["token by token"]["loss"] == ways["drafts 2:4"]["loss"] == found["speed"][-1]["loss"]
+    assert ways["depth 1"]["loss"] == found["speed"][1]["loss"] and ways["depth 1"]["same_text"] is None
 
 
 def test_exits_hold_the_tokens_with_their_depths(soft):
