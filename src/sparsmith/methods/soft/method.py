@@ -267,11 +267,13 @@ def _notes(config: SoftConfig, shape: ModelShape, exits: tuple[int, ...], heads:
     head = shape.vocab * shape.hidden
     body = shape.total_params - shape.embedding_params - shape.head_params + head
     notes = [
-        f"exits {', '.join(map(str, exits))} of {shape.layers}; {heads} more heads per labelled token: "
-        f"+{100 * heads * head / body:.1f} % of the forward's products where every token has a label",
-        f"memory of the losses: 2 x {len(exits)} x labels x {shape.hidden} numbers of states, "
-        f"{2 * config.ce.chunk * shape.vocab * 4 * (2 if config.kl else 1):,} bytes of logits"
-        + (f", {head * 4:,} of the head's gradient" if config.trains_head else ""),
+        f"exits {', '.join(map(str, exits))} of {shape.layers}; overhead of the heads while tuning: {heads} more per labelled token, "
+        f"+{100 * heads * head / body:.1f} % of the forward's products if every token has a label",
+        f"memory of the losses: {_size(8 * len(exits) * shape.hidden)} of states and their gradients per labelled token of a "
+        f"micro-batch, {_size(8 * config.ce.chunk * shape.vocab * (2 if config.kl else 1))} for {config.ce.chunk:,} tokens' logits "
+        "and their gradient, one exit at a time"
+        + (f", {_size(4 * head)} for the head's gradient" if config.trains_head else "")
+        + "; none of it grows with exits x tokens x vocabulary",
     ]
     if config.schedule == "sampled":
         notes.append(f"schedule sampled trains the full depth in one step of {len(exits)} only")
@@ -282,6 +284,15 @@ def _notes(config: SoftConfig, shape: ModelShape, exits: tuple[int, ...], heads:
             f"the full model stays as it is; a slice at exit n has n + 1 blocks ({block_params(shape):,} more)"
         )
     return tuple(notes)
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def _own(block: nn.Module) -> list[nn.Parameter]:
