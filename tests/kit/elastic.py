@@ -22,7 +22,7 @@ def elastic_recipe(folder: Path, *, eval_rows: bool = True, train: dict[str, Any
         char_tokenizer().save_pretrained(base)
         for name in ("sums", "words"):
             (folder / f"{name}.jsonl").write_text(_rows(name), encoding="utf-8")
-    path = make_recipe(folder, "pesc", steps=STEPS, eval_every=None, save_every=None, **train or {})
+    path = make_recipe(folder, "pesc", **{"steps": STEPS, "eval_every": None, "save_every": None, **(train or {})})
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe["methods"] = [{"method": "soft", "exits": EXITS, **method}]
     if not eval_rows:

@@ -135,18 +135,30 @@ class _Cells:
         return run.root
 
     def measure(self, recipe: Recipe, depths: Sequence[int]) -> Any:
-        """The untuned base at every depth; its full depth serves the cells as their baseline."""
+        """The untuned base at every depth, measured once for the output folder; its full depth serves the cells as their baseline."""
+        from sparsmith.durable import read_json, write_json
+        from sparsmith.evaluating import DepthResult
+
+        file = Path(recipe.output).absolute() / "base.json"
+        settings = {"model": recipe.model.model_dump(mode="json"), "data": recipe.data.model_dump(mode="json")}
+        known = read_json(file) if file.is_file() else None
+        if known and known["settings"] == settings and set(map(str, depths)) <= known["depths"].keys():
+            result = DepthResult.from_json(known["depths"])
+        else:
+            result = self._measure(recipe, depths)
+            write_json(file, {"settings": settings, "depths": result.to_json()})
+        self.baselines[recipe.model.path].result = result.full
+        return result
+
+    def _measure(self, recipe: Recipe, depths: Sequence[int]) -> Any:
         from sparsmith.crafting.base_model import load_base, load_tokenizer
         from sparsmith.data import load_data
         from sparsmith.evaluating import evaluate_depths
 
-        tokenizer = load_tokenizer(recipe.model)
-        data = load_data(recipe.data, tokenizer, seed=recipe.train.seed, rows_needed=0)
-        result = evaluate_depths(
-            load_base(recipe.model), tokenizer, data.eval, depths=depths, seed=recipe.train.seed, domains=data.domains
-        )
-        self.baselines[recipe.model.path].result = result.full
-        return result
+        tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
+        data = load_data(recipe.data, tokenizer, seed=seed, rows_needed=0)
+        base = load_base(recipe.model)
+        return evaluate_depths(base, tokenizer, data.eval, depths=depths, seed=seed, domains=data.domains)
 
 
 def _named(asked: Asked, text: str) -> tuple[str, Recipe]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsmith.bootstrap import Figure
-from sparsmith.durable import read_json, write_json, write_text
+from sparsmith.durable import write_json, write_text
 from sparsmith.errors import UsageError
 from sparsmith.evaluating import DepthResult, EvalResult
 from sparsmith.protocols import soft_arms as arms
@@ -223,7 +223,7 @@ def compare(
     measure: Measure,
     verdicts: Sequence[Verdict] = (),
 ) -> SoftComparison:
-    """Tune every arm with every seed, measure the base, write `comparison.json` and `comparison.md`.
+    """Tune every arm with every seed, measure the base, write the comparison.
 
     Args:
         recipe: holds one `soft` entry: the arm `soft`.
@@ -249,7 +249,7 @@ def compare(
         cells.append(read_cell(plot.arm, plot.seed, folder))
         return folder.root
 
-    base = _base(recipe, depths, out, measure)
+    base = measure(recipe, depths)
     for seed in choices.seeds:
         sft = run(arms.sft_plot(recipe, seed, out))
         if arms.ICT in choices.arms:
@@ -268,9 +268,12 @@ def compare(
 
 
 def write(comparison: SoftComparison, out: Path) -> None:
-    """`comparison.json` and `comparison.md`."""
+    """`comparison.json`, `comparison.md` and `comparison.svg`."""
+    from sparsmith.protocols.soft_figure import loss_by_depth, svg_file
+
     write_json(out / "comparison.json", comparison.as_dict())
     write_text(out / "comparison.md", comparison.markdown())
+    write_text(out / "comparison.svg", svg_file(loss_by_depth(comparison)))
 
 
 def layers_of(recipe: Recipe) -> int:
@@ -281,19 +284,6 @@ def layers_of(recipe: Recipe) -> int:
     from sparsmith.crafting.base_model import resolve_base
 
     return anatomy.shape_of(AutoConfig.from_pretrained(resolve_base(recipe.model.path))).layers
-
-
-def _base(recipe: Recipe, depths: Sequence[int], out: Path, measure: Measure) -> DepthResult:
-    """Measured once for all cells; read where an earlier call has done it."""
-    file = out / "base.json"
-    if file.is_file():
-        known = DepthResult.from_json(read_json(file))
-        if set(depths) <= set(known.depths):
-            return known
-    result = measure(recipe, depths)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, result.to_json())
-    return result
 
 
 def _arm_of(cell: Cell) -> str:
