@@ -8,6 +8,7 @@ from sparsmith.evaluating.depths import DepthResult, elastic_depths, evaluate_de
 from sparsmith.evaluating.evaluate import evaluate
 from sparsmith.evaluating.exact_match import exact_match, write_answers
 from sparsmith.evaluating.loss import heldout_loss
+from sparsmith.evaluating.questions import alias_match, strict_match, word_overlap
 from sparsmith.evaluating.rank import rank_classification
 from sparsmith.evaluating.result import EvalResult
 from sparsmith.evaluating.samples import sample_answers, side_by_side
@@ -20,6 +21,7 @@ __all__ = [
     "Figure",
     "RowScores",
     "Sheet",
+    "alias_match",
     "elastic_depths",
     "evaluate",
     "evaluate_depths",
@@ -33,5 +35,7 @@ __all__ = [
     "sample_answers",
     "side_by_side",
     "signed",
+    "strict_match",
+    "word_overlap",
     "write_answers",
 ]
