@@ -91,7 +91,9 @@ class Sampler:
         """(..., V) the law that a token is drawn from."""
         flat = logits.reshape(-1, logits.shape[-1])
         dummy = torch.empty(flat.shape[0], 0, dtype=torch.long, device=logits.device)
-        scores: Tensor = self._processors(cast(torch.LongTensor, dummy), cast(torch.FloatTensor, flat))
+        scores: Tensor = flat
+        for process in self._processors:
+            scores = process(cast(torch.LongTensor, dummy), cast(torch.FloatTensor, scores))
         return scores.softmax(dim=-1).view_as(logits)
 
     def uniforms(self) -> Tensor:

@@ -130,7 +130,7 @@ class Speculator:
         self.sampler = Sampler(request.sampling, range(request.rows), self.runner.device)
         self.tape = Tape(request)
         self.counts = _Counts()
-        self.share = depth_fraction(model, settings.exit, request.room)
+        self.share = depth_fraction(model, settings.exit, request.room) if settings.bonus == "auto" else 0.0
 
     def run(self) -> tuple[Tensor, SpeculationStats]:
         runner, tape = self.runner, self.tape
