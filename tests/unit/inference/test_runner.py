@@ -74,7 +74,7 @@ def test_a_crafted_wrapper_and_a_depth_that_was_never_tuned():
     runner = DepthRunner(model, (1, 4), mask=None, room=10)
     shallow, full = runner.prefill(ids)
     assert torch.equal(runner.logits(1, full), model(input_ids=ids).logits)
-    assert runner.logits(0, shallow).shape == full.shape[:2] + (128,)
+    assert runner.logits(0, shallow).shape == (*full.shape[:2], 128)
 
 
 @torch.no_grad()
