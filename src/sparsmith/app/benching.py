@@ -22,6 +22,8 @@ UNIFORM = (0.9, 0.7)
 """Thresholds that are measured beside the calibrated ones."""
 DRAFTS = (2, 4)
 """Draft lengths that are measured at the two shallowest depths."""
+TIMED = 8
+"""Prompts that every way of writing is timed over; calibration takes all."""
 SHOWN = 3
 """Prompts whose tokens are kept with the depth that they left at."""
 
@@ -36,8 +38,8 @@ class BenchSettings:
     """Tokens of the prompts that speed is measured behind."""
     new_tokens: int = 32
     repeats: int = 5
-    prompts: int = 16
-    """Held-out prompts for drafts, exits and calibration."""
+    prompts: int = 64
+    """Held-out prompts for calibration; the first few time the ways of writing."""
     rows: int = 100
     """Held-out rows of each set for the losses."""
     calibrate: float | None = None
@@ -129,7 +131,8 @@ class _Bench:
             }
         )
         self.prompts = self._prompts()
-        self.result.facts["prompts"] = len(self.prompts)
+        self.timed = self.prompts[:TIMED]
+        self.result.facts["prompts"] = len(self.timed)
         self.ways: list[WaySpeed] = []
 
     @property
@@ -236,7 +239,7 @@ class _Bench:
         settings = self.settings
         losses = self._exit_losses()
         self.ways = measure_ways(
-            self.model, self.prompts, self._ways(), new_tokens=settings.new_tokens, repeats=settings.repeats
+            self.model, self.timed, self._ways(), new_tokens=settings.new_tokens, repeats=settings.repeats
         )
         losses |= self._depth_losses()
         for way in self.ways:
@@ -311,6 +314,10 @@ class _Bench:
             self.result.written.append(str(run.exits))
         self.result.written.append(str(run.bench))
         durable.write_json(run.bench, self.result.as_dict())
+        if run.report.is_file():
+            from sparsmith.app.use import rewrite_report
+
+            rewrite_report(run.root)
 
     def _profiles(self) -> list[Any]:
         from sparsmith.inference import Profile
@@ -339,7 +346,7 @@ class _Bench:
         if not found:
             return None
         shown = found[0]
-        prompts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.prompts[:SHOWN]]
+        prompts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.timed[:SHOWN]]
         return {
             "format_version": FORMAT_VERSION,
             "layers": self.layers,

@@ -20,7 +20,9 @@ def bench(
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompts.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written behind each prompt.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Times that everything is measured, in turn.")] = 5,
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts for drafts, exits and thresholds.")] = 16,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Held-out prompts for thresholds, the first few for ways of writing.")
+    ] = 64,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows of each set for the losses.")] = 100,
     calibrate: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Write exit thresholds for this agreement, such as 0.98.")

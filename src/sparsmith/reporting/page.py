@@ -94,7 +94,7 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
 def _contents(shown: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """(anchor, title, whether it is on the page) of every section."""
     return [
-        ("guard", "Guard of the full depth", bool(shown["guards"])),
+        ("guard", "What the full depth pays", bool(shown["guards"])),
         ("before-and-after", "Before and after", True),
         ("depths", "Every depth", bool(shown["by_depth"] or shown["depth_tables"])),
         ("exits", "Where tokens leave", bool(shown["exits"])),
