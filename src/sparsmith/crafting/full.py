@@ -134,7 +134,7 @@ def _check_stock(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: {odd}",
             "a structure that the stock class does not have",
             "a stock structure after `settle`, or modules named by the method's `standalone_sources`",
-            "Save the delta form instead.",
+            "Save the delta form instead; of exits with parts of their own, export the depths.",
         )
 
 

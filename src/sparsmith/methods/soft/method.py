@@ -69,7 +69,10 @@ class SoftMethod(Method):
     def craft(self, model: nn.Module, config: SoftConfig, context: CraftContext) -> nn.Module:
         row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
         check_shape(config, shape)
-        anatomy.probe(model)
+        if (
+            anatomy.base_of(model) is model
+        ):  # what another method has wrapped was looked at then, and may need a whole forward
+            anatomy.probe(model)
         exits = config.depths(shape.layers)
         config.omega(shape.layers)
         if config.arm == "ict":
