@@ -12,13 +12,19 @@ import torch
 
 import sparsmith as sm
 from sparsmith.methods.base import LoraSettings, MethodConfig
-from tests.kit.pico import FAMILIES, pico_ids, pico_model
+from tests.kit.depths import changes_of
+from tests.kit.pico import FAMILIES, pico_config, pico_ids, pico_model
 
 LORA = LoraSettings(r=4, alpha=8, dropout=0.1)
 NO_LORA = LoraSettings(enabled=False)
 _PESC: dict[str, Any] = {"num_experts": 4, "top_k": 2, "adapter_dim": 16, "lora": LORA}
 
-METHODS: dict[str, MethodConfig] = {
+_SOFT: dict[str, Any] = {"exits": (2, 4)}
+_WITHOUT = sm.PescConfig(**{**_PESC, "lora": NO_LORA})
+
+Configs = MethodConfig | tuple[MethodConfig, ...]
+
+METHODS: dict[str, Configs] = {
     "pesc": sm.PescConfig(**_PESC),
     "pesc without LoRA": sm.PescConfig(**{**_PESC, "lora": NO_LORA}),
     "pesc, top 1": sm.PescConfig(**{**_PESC, "top_k": 1}),
@@ -33,14 +39,43 @@ METHODS: dict[str, MethodConfig] = {
     "single adapter": sm.PescConfig(**_PESC, control="single_adapter"),
     "dense LoRA": sm.PescConfig(**_PESC, control="dense_lora"),
     "equal LoRA": sm.PescConfig(**_PESC, control="equal_lora"),
+    "soft": sm.SoftConfig(**_SOFT),
+    "soft, sandwich": sm.SoftConfig(**_SOFT, schedule="sandwich", weights="linear"),
+    "soft, sampled": sm.SoftConfig(**_SOFT, schedule="sampled"),
+    "soft, rotational": sm.SoftConfig(**_SOFT, schedule="rotational", rotation=2),
+    "soft, KL": sm.SoftConfig(**_SOFT, kl={"weight": 0.5}, ce={"impl": "checkpoint", "chunk": 8}),
+    "soft, layer dropout": sm.SoftConfig(**_SOFT, layer_dropout=0.2),
+    "soft LoRA": sm.SoftConfig(**_SOFT, tune="lora", lora=LORA),
+    "soft, frozen trunk": sm.SoftConfig(**_SOFT, trunk="frozen"),
+    "soft, frozen trunk, sandwich": sm.SoftConfig(**_SOFT, trunk="frozen", schedule="sandwich"),
+    "sft": sm.SoftConfig(**_SOFT, arm="sft"),
+    "heads of their own": sm.SoftConfig(**_SOFT, arm="ict"),
+    "pesc, soft": (_WITHOUT, sm.SoftConfig(**_SOFT)),
+    "pesc, soft LoRA": (sm.PescConfig(**_PESC), sm.SoftConfig(**_SOFT, tune="lora", lora=LORA)),
+    "soft, pesc": (sm.SoftConfig(**_SOFT), _WITHOUT),
 }
-FEW_METHODS = ("pesc", "single adapter", "dense LoRA")
+FEW_METHODS = ("pesc", "single adapter", "dense LoRA", "soft LoRA", "soft, frozen trunk")
 FEW_FAMILIES = ("llama", "gemma2", "gpt2")
+
+
+def _changes(config: Configs, family: str) -> dict[str, Any]:
+    """A method that works on the depth gets four blocks, the others two."""
+    parts = config if isinstance(config, tuple) else (config,)
+    return changes_of(family) if any(isinstance(one, sm.SoftConfig) for one in parts) else {}
+
+
+def base_for(config: Configs, family: str, **options: Any) -> Any:
+    """A fresh base for a case."""
+    return pico_model(family, **_changes(config, family), **options)
+
+
+def base_config_for(config: Configs, family: str) -> Any:
+    return pico_config(family, **_changes(config, family))
 
 
 def cases(
     methods: tuple[str, ...] = tuple(METHODS), families: tuple[str, ...] = tuple(FAMILIES)
-) -> Iterator[tuple[str, MethodConfig, str]]:
+) -> Iterator[tuple[str, Configs, str]]:
     """(what, config, family) of every pair."""
     for family in families:
         for name in methods:
@@ -50,7 +85,7 @@ def cases(
                 raise AssertionError(f"no such case: {name}") from None
 
 
-def few() -> Iterator[tuple[str, MethodConfig, str]]:
+def few() -> Iterator[tuple[str, Configs, str]]:
     """Enough pairs for a fast test."""
     return cases(FEW_METHODS, FEW_FAMILIES)
 
@@ -88,9 +123,9 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-def trained_like(config: MethodConfig, family: str, seed: int = 3) -> Any:
+def trained_like(config: Configs, family: str, seed: int = 3) -> Any:
     """A crafted model whose zero-initialised parts are random, as after training."""
-    model = sm.craft(pico_model(family), config, inplace=True, seed=seed, proof=False)
+    model = sm.craft(base_for(config, family), config, inplace=True, seed=seed, proof=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

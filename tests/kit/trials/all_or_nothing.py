@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 import sparsmith as sm
-from sparsmith.methods.base import MethodConfig
 from sparsmith.seeds import numpy_generator
-from tests.kit.cases import FEW_FAMILIES, FEW_METHODS, cases, logits
-from tests.kit.pico import pico_model
+from tests.kit.cases import FEW_FAMILIES, FEW_METHODS, Configs, base_for, cases, logits
 from tests.kit.tally import Tally
 
 HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (sm, peft))
@@ -82,27 +80,27 @@ def picture(model: nn.Module) -> dict[str, Any]:
     return seen
 
 
-def model_for(family: str) -> Any:
+def model_for(family: str, config: Configs = ()) -> Any:
     """A base with its own frozen set, so that putting back is not just switching everything on."""
-    model = pico_model(family)
+    model = base_for(config, family)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 != 0)
     return model
 
 
-def steps_of(config: MethodConfig, family: str) -> list[str]:
+def steps_of(config: Configs, family: str) -> list[str]:
     """Every step of crafting that can fail, by its place; where `craft` returns, it has succeeded."""
     for _ in range(2):  # the first time fills caches, and has steps that no other has
-        model = model_for(family)
+        model = model_for(family, config)
         with Steps() as steps:
             sm.craft(model, config, inplace=True)
     assert steps.places[-1] == "return of craft"
     return steps.places[:-1]
 
 
-def failed_at(config: MethodConfig, family: str, step: int) -> tuple[list[str], Any]:
+def failed_at(config: Configs, family: str, step: int) -> tuple[list[str], Any]:
     """Craft, failing at `step`, from 1. Returns what is not as before, and the model."""
-    model = model_for(family)
+    model = model_for(family, config)
     before = picture(model)
     try:
         with Steps(step):
@@ -118,12 +116,12 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def run(folder: Path) -> Tally:
     """At full size: every place of crafting on three families that differ in their tensors, and draws on all."""
-    tally = trial(cases(("pesc",), FEW_FAMILIES))
+    tally = trial(cases(("pesc", "soft LoRA", "soft, frozen trunk"), FEW_FAMILIES))
     tally.add(trial(cases(FEW_METHODS), draws=20))
     return tally
 
 
-def trial(of: Iterable[tuple[str, MethodConfig, str]] | None = None, draws: int | None = None) -> Tally:
+def trial(of: Iterable[tuple[str, Configs, str]] | None = None, draws: int | None = None) -> Tally:
     """Fail once at every place where crafting has a step (at one of its steps there), or at `draws` steps of all; some of the models are
     then crafted again, which must give what it always gives."""
     tally, every = Tally(), 0
@@ -133,7 +131,7 @@ def trial(of: Iterable[tuple[str, MethodConfig, str]] | None = None, draws: int 
         stream = numpy_generator(11, what)
         order = [int(index) for index in stream.permutation(len(places))]
         chosen = order[:draws] if draws is not None else list({places[index]: index for index in order}.values())
-        wanted = logits(sm.craft(model_for(family), config, proof=False))
+        wanted = logits(sm.craft(model_for(family, config), config, proof=False))
         for number, index in enumerate(chosen):
             changed, model = failed_at(config, family, index + 1)
             if not changed and number % 20 == 0:

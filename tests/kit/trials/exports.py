@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsmith as sm
-from sparsmith.methods.base import MethodConfig
-from tests.kit.cases import FEW_METHODS, cases, few, logits, probes, trained_like
+from sparsmith.crafting.slices import at_depth
+from tests.kit.cases import FEW_METHODS, Configs, cases, few, logits, probes, trained_like
 from tests.kit.tally import Tally
 
 LIMIT = 1e-5
@@ -23,12 +23,13 @@ READER = Path(__file__).parents[1] / "plain_reader.py"
 READ = ("plain", "padded right", "padded left")
 
 
-def exported(what: str, config: MethodConfig, family: str, folder: Path, **options: Any) -> dict[str, Any]:
+def exported(what: str, config: Configs, family: str, folder: Path, **options: Any) -> dict[str, Any]:
     """Export a case without our own proof. Returns what the reader is asked, and what we compute."""
     model = trained_like(config, family)
-    ours = logits(model)
+    seen = at_depth(model, options["depth"]) if "depth" in options else model
+    ours = logits(seen)
     with torch.no_grad():
-        greedy = model.generate(probes()["plain"]["input_ids"], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        greedy = seen.generate(probes()["plain"]["input_ids"], max_new_tokens=8, do_sample=False, pad_token_id=0)
     report = sm.export(model, folder, proof=False, **options)
     return {
         "request": {"name": what, "folder": str(folder), "code": report.needs_code},
@@ -56,10 +57,12 @@ def run(folder: Path) -> Tally:
     """At full size: every form that an export can take, on every family, and some with their scale folded in."""
     tally = trial(folder / "plain", cases(("pesc", "pesc, top 1", "pesc, hash router", *FEW_METHODS[1:], "equal LoRA")))
     tally.add(trial(folder / "folded", few(), fold_scale=True))
+    elastic = ("soft", "soft LoRA", "soft, frozen trunk", "heads of their own", "pesc, soft", "pesc, soft LoRA")
+    tally.add(trial(folder / "depth 2", cases(elastic), depth=2))
     return tally
 
 
-def trial(folder: Path, of: Iterable[tuple[str, MethodConfig, str]] | None = None, **options: Any) -> Tally:
+def trial(folder: Path, of: Iterable[tuple[str, Configs, str]] | None = None, **options: Any) -> Tally:
     """Export every case, then open them all in one process that cannot import sparsmith.
 
     Args:

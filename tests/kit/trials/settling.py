@@ -13,9 +13,7 @@ import sparsmith as sm
 from sparsmith.crafting.lora import lora_parameters
 from sparsmith.crafting.settle import settle_report
 from sparsmith.exporting.model_card import count_parameters
-from sparsmith.methods.base import MethodConfig
-from tests.kit.cases import cases, largest_difference, logits, trained_like
-from tests.kit.pico import pico_config
+from tests.kit.cases import Configs, base_config_for, cases, largest_difference, logits, trained_like
 from tests.kit.tally import Tally
 
 LIMIT = 1e-5
@@ -26,12 +24,12 @@ def run(folder: Path) -> Tally:
     return trial()
 
 
-def trial(of: Iterable[tuple[str, MethodConfig, str]] | None = None) -> Tally:
+def trial(of: Iterable[tuple[str, Configs, str]] | None = None) -> Tally:
     """Settle each case and compare with the soft model, in evaluation mode, where every choice is the deterministic one."""
     tally, worst = Tally(), 0.0
     for what, config, family in of if of is not None else cases():
         soft = trained_like(config, family)
-        plan = sm.plan(pico_config(family), config)
+        plan = sm.plan(base_config_for(config, family), config)
         matrices = sum(name.split(".")[-3] == "lora_A" for name, _ in lora_parameters(soft))
         settled = sm.settle(copy.deepcopy(soft))
         difference = largest_difference(logits(soft), logits(settled))
