@@ -21,7 +21,8 @@ def bench_table(found: dict[str, Any]) -> Any:
 def _speed(found: dict[str, Any]) -> Any:
     facts, rows = found["facts"], found["speed"]
     settings, batches = facts["settings"], list(rows[0]["ms_per_token"])
-    machine = f"{facts['device']}, {facts['dtype']}, {facts['machine']['threads']} threads"
+    threads = facts["machine"]["threads"]
+    machine = f"{facts['device']}, {facts['dtype']}, {threads} thread{'s' if threads != 1 else ''}"
     quality = any("loss" in row for row in rows)
     table = _table(
         f"Speed of {facts['target']} on {machine}",

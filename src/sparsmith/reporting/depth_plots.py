@@ -146,13 +146,14 @@ _FILLED = ("base", "depth")
 def speed_and_quality(
     panels: Mapping[str, Mapping[str, Sequence[Point]]], colours: Mapping[str, str], *, ylabel: str
 ) -> Figure:
-    """A panel per way of measuring: time against loss, a colour per run, a marker per kind; depths are joined by a line."""
+    """A panel per way of measuring: time against loss, a colour per run, a marker per kind; depths are joined by a line in
+    their order."""
     with style():
         figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, (name, runs) in zip(axes, panels.items()):
             for run, points in runs.items():
-                line = sorted((p for p in points if p.kind == "depth"), key=lambda p: p.ms)
+                line = [p for p in points if p.kind == "depth"]
                 axis.plot([p.ms for p in line], [p.quality for p in line], color=colours[run], linewidth=1.1, alpha=0.5)
             _mark(
                 axis,

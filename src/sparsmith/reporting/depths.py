@@ -82,7 +82,12 @@ def measured(runs: Sequence[Run]) -> Chart | None:
     return chart(figure, caption, "Held-out figures by depth")
 
 
-_TITLES = {"loss": "Held-out loss", "agreement": "Agreement with the full depth", "exact_match": "Exact match"}
+_TITLES = {
+    "loss": "Held-out loss",
+    "agreement": "Agreement with the full depth",
+    "exact_match": "Exact match",
+    "rank": "Rank accuracy",
+}
 
 
 def _facts(systems: Mapping[str, tuple[Mapping[str, Any], bool]]) -> dict[str, dict[str, Any]]:
@@ -213,7 +218,8 @@ def _way_points(bench: Mapping[str, Any]) -> list[Point]:
         key = f"{kind} {label.split(':')[0]}"
         if key not in found or point.ms < found[key].ms:
             found[key] = point
-    return list(found.values())
+    shallow_first = sorted((p for p in found.values() if p.kind == "depth"), key=lambda p: int(p.label))
+    return [*shallow_first, *(p for p in found.values() if p.kind != "depth")]
 
 
 def speed_tables(run: Run) -> list[dict[str, Any]]:
@@ -240,7 +246,11 @@ def _speed_table(bench: Mapping[str, Any]) -> dict[str, Any]:
         ]
         for row in bench["speed"]
     ]
-    title = f"Speed on {bench['facts']['device']}, {bench['facts']['dtype']}, {bench['facts']['machine']['threads']}{UNIT}threads"
+    threads = bench["facts"]["machine"]["threads"]
+    machine = (
+        f"{bench['facts']['device']}, {bench['facts']['dtype']}, {threads}{UNIT}thread{'s' if threads != 1 else ''}"
+    )
+    title = f"Speed on {machine}"
     return {"title": title, "heads": [*heads, "of full", "predicted"], "rows": rows, "left": 1}
 
 
