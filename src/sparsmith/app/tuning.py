@@ -351,7 +351,13 @@ class _Session:
         """`tuned`: the tuned model's result; `depths`: that of every depth, where there are several."""
         from sparsmith.evaluating import elastic_depths, evaluate_depths
 
-        if not elastic_depths(self.model):
+        elastic = elastic_depths(self.model)
+        if elastic and ranks.sharded():  # a view of some blocks would not gather them
+            self.warn(
+                "warning: depths of a sharded model are not measured here; run `sparsmith eval` on the run's folder."
+            )
+            elastic = ()
+        if not elastic:
             return {"tuned": self._evaluate(self.model).to_json()}
         options: dict[str, Any] = {"seed": self.recipe.train.seed, "domains": self.data.domains}
         by_depth = evaluate_depths(self.model, self.tokenizer, self.data.eval, **options)

@@ -64,7 +64,7 @@ def given(home, name, *overrides):
     return run_of(home, name, f"methods.0.control={home / 'control'}", *overrides)
 
 
-def test_the_control_is_tuned_beside_the_run(tmp_path, trained):
+def test_the_control_is_tuned_beside_the_run(tmp_path, trained, capsys):
     recipe = elastic_recipe(tmp_path)
     assert main(["tune", str(recipe), "methods.0.guard.max_loss_gap=10.0"]) == 0
     run = RunFolder(tmp_path / "run")
@@ -83,7 +83,12 @@ def test_the_control_is_tuned_beside_the_run(tmp_path, trained):
     assert found["difference"]["value"] == pytest.approx(losses[2] - losses[1], abs=1e-9)
     assert found["difference"]["low"] <= found["difference"]["value"] <= found["difference"]["high"]
     assert found["passed"] and found["limit"] == 10.0 and found["control"] == "control"
+    capsys.readouterr()
+    assert main(["eval", str(run.root), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
     depths = run.read(run.evaluation)["depths"]
+    assert shown["overall"]["loss"]["value"] == tuned
+    assert {n: one["rows"] for n, one in shown["depths"].items()} == {n: one["rows"] for n, one in depths.items()}
     assert list(map(int, depths)) == EXITS and depths["4"] == run.read(run.evaluation)["tuned"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sparsmith.errors import CheckpointMismatch, MethodError, RecipeErrors, Usag
 from sparsmith.evaluating import DepthResult
 from sparsmith.methods.soft.method import SOFT
 from sparsmith.protocols import soft_arms as arms
+from sparsmith.protocols.judging import judge_both_orders
 from sparsmith.runs import RunFolder
 from tests.kit.elastic import EXITS, LAYERS, STEPS, elastic_recipe
 from tests.kit.pico import HIDDEN, VOCAB
@@ -82,6 +84,20 @@ def test_every_arm_at_every_depth(cut_and_gone_on):
     assert text == result.markdown()
     assert "| ict* |" in text and "4 + 4 *" in text and "| soft |" in text
     assert (folder / "run" / "comparison.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_verdicts_of_a_judge_stand_beside_the_losses(cut_and_gone_on):
+    pairs = [("soft@1", "sft@4"), ("soft@2", "sft@2")]
+    verdicts = [v for ours, theirs in pairs for v in judge_both_orders([("p", "aa", "b")] * 3, ours, theirs, longer)]
+    result = replace(cut_and_gone_on[1], verdicts=tuple(verdicts))
+    head = next(row for row in result.headline() if (row["arm"], row["depth"]) == ("soft", 1))
+    assert head["judged"] == {"wins": 3, "losses": 0, "ties": 0, "score": 1.0}
+    assert [row["depth"] for row in result.diagonal() if "judged" in row] == [2]
+    assert result.markdown().count("3/0/0 (+1.000)") == 2
+
+
+def longer(prompt, first, second):
+    return "first" if len(first) > len(second) else "second"
 
 
 def test_unequal_training_is_flagged(cut_and_gone_on):
