@@ -142,7 +142,7 @@ class _Cells:
         file = Path(recipe.output).absolute() / "base.json"
         settings = {"model": recipe.model.model_dump(mode="json"), "data": recipe.data.model_dump(mode="json")}
         known = read_json(file) if file.is_file() else None
-        if known and known["settings"] == settings and set(map(str, depths)) <= known["depths"].keys():
+        if known and known.get("settings") == settings and set(map(str, depths)) <= known["depths"].keys():
             result = DepthResult.from_json(known["depths"])
         else:
             result = self._measure(recipe, depths)

@@ -192,14 +192,15 @@ def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
 def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool) -> Flops:
     """Forward: 2 per weight of blocks and head, and 4 * heads * head_dim per attended token and block (scores, values).
 
-    Training: the frozen weights are passed forward and once backward (to their inputs), trained ones twice backward;
-    `whole`: the base itself trains.
+    Training: the frozen weights are passed forward and once backward (to their inputs), or not at all backward where every method says
+    so; trained ones twice backward; `whole`: the base itself trains.
     """
     linear = shape.layers * sum(i * o for i, o in shape.linears.values()) + shape.vocab * shape.hidden
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)
-    return Flops(base, base + added, (3 if whole else 2) * base + 3 * added + 6 * lora, context)
+    passes = 3 if whole else 2 if any(p.base_backward for p in plans) or lora else 1
+    return Flops(base, base + added, passes * base + 3 * added + 6 * lora, context)
 
 
 def _config_of(base: Any) -> tuple[str, Any]:

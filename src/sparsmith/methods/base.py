@@ -72,6 +72,8 @@ class MethodPlan:
     """Trained parameters by role."""
     flops_forward: int = 0
     """Extra forward FLOPs per token over the base (2 per multiply-add); negative when it saves."""
+    base_backward: bool = True
+    """False where no gradient passes through the base: only what was added is passed backward."""
     activation_floats: int = 0
     """Extra floats kept for the backward, per token, all layers."""
     notes: tuple[str, ...] = ()
@@ -146,6 +148,7 @@ class Method:
     """True where the method computes the task loss itself; at most one of a composition may."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method's name -> why the two cannot be combined."""
+
     def plan(self, config: Any, anatomy: Anatomy, shape: ModelShape) -> MethodPlan:
         """Count, from shapes alone, what `craft` will do. Must agree to the unit with the built model."""
         raise NotImplementedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsmith.errors import MethodError
 from sparsmith.methods.base import LoraSettings, MethodConfig
@@ -42,6 +42,12 @@ class GuardSettings(StrictModel):
     """Nats of held-out loss; above it `tune` ends with the code of a failed proof, after everything is saved."""
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "keep_full": {"trunk": "frozen", "kl": {"weight": 0.5}},
+}
+"""Preset -> the settings that it stands for; whatever is set beside it counts more."""
+
 SOFT_LORA = LoraSettings(r=64, alpha=64, dropout=0.0)
 
 
@@ -49,6 +55,9 @@ class SoftConfig(MethodConfig):
     """Sorted fine-tuning: the losses of several depths in one forward (Sorted LLaMA, arXiv 2309.08968)."""
 
     method: Literal["soft"] = "soft"
+    preset: Literal["paper", "keep_full"] | None = None
+    """A set of settings by name: `paper` = Eq. 1, the defaults; `keep_full` = the best of our trials, for a base that is tuned already:
+    trunk frozen, KL of weight 0.5. Settings beside it count more."""
     exits: tuple[Annotated[int, Field(ge=1)], ...] | Literal["auto", "paper"] = "auto"
     """Depths in blocks; the full depth must be one. `auto` = N/4, 3N/8, ... N; `paper` = 3N/10, 4N/10, ... N."""
     weights: Literal["uniform", "linear", "sum_l", "full_boost"] = "uniform"
@@ -85,6 +94,12 @@ class SoftConfig(MethodConfig):
     control: str = "train"
     """The run without exits that the full depth is held against: `train` = tuned beside this run on the same rows, or a run's folder."""
     guard: GuardSettings = GuardSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        name = given.get("preset") if isinstance(given, dict) else None
+        return {**PRESETS.get(name, {}), **given} if isinstance(name, str) else given
 
     @field_validator("exits", mode="before")
     @classmethod

@@ -62,6 +62,7 @@ class SoftMethod(Method):
             added=added,
             trained=config.num_trained(shape),
             flops_forward=extra if config.arm != "sft" else 0,
+            base_backward=not config.frozen_trunk,
             activation_floats=2 * len(omega) * shape.hidden,
             notes=_notes(config, shape, exits, heads),
         )
