@@ -70,8 +70,9 @@ def test_padded_rows_are_the_naive_text_of_each_alone(family: str, trunk: str):
     model, (ids, mask) = sure(family, trunk), padded(4, LENGTH)
     thresholds = middling(model, pico_ids(4, 30))
     out = run(model, ids, thresholds, attention_mask=mask, max_waiting=7)
-    rows = 4 if family in ("llama", "gemma2") else 2
-    for row, prompt in enumerate(prompts_of(ids, mask)[:rows]):
+    checked = range(4) if family == "llama" else (1,)  # the naive texts take the time of this test
+    for row in checked:
+        prompt = prompts_of(ids, mask)[row]
         tokens, depths = naive_exits(model, prompt, NEW, thresholds)
         assert out.ids[row, LENGTH:].tolist() == tokens
         assert out.stats.depths[row] == tuple(depths)
@@ -102,9 +103,13 @@ def test_a_threshold_above_one_is_greedy(family: str, trunk: str):
     assert out.stats.histogram == {4: 3 * NEW} and out.stats.mean_depth == 4.0
 
 
-@pytest.mark.parametrize("max_waiting", [4, 64])
-@pytest.mark.parametrize("trunk", ["shared", "frozen"])
-@pytest.mark.parametrize("family", FAMILIES_AND_WINDOWS)
+@pytest.mark.parametrize(
+    ("family", "trunk", "max_waiting"),
+    [
+        ("llama", "frozen", 64),
+        *((family, trunk, 4) for family in FAMILIES_AND_WINDOWS for trunk in ("shared", "frozen")),
+    ],
+)
 @torch.no_grad()
 def test_completed_keys_and_values_are_a_full_prefill(
     family: str, trunk: str, max_waiting: int, monkeypatch: pytest.MonkeyPatch
