@@ -36,6 +36,16 @@ class Arrived(NamedTuple):
     """(B, S, D) as the norm and head take it: behind the exit's own blocks where the method has some."""
 
 
+class _Arriving(nn.Module):
+    """In the place of a later segment's embeddings: gives the states that arrive. So every segment is called with token ids, which some
+    routers read, whatever its blocks are fed."""
+
+    states: Tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.states
+
+
 @dataclass(frozen=True)
 class Segment:
     """Blocks start+1..stop, and the blocks that follow them when the model is read out at `stop`."""
@@ -72,15 +82,20 @@ class DepthRunner:
             _segment(model, start, stop) for start, stop in zip((0, *self.depths[:-1]), self.depths, strict=True)
         ]
         self._mask, self._places = _mask_and_places(mask, room, self.device)
+        self._embeddings = _embeddings(model)
+        self._ids: Tensor | None = None
+        self._room = room
 
     def advance(self, index: int, given: Tensor) -> Arrived:
         """Run the next tokens through segment `index`: ids (B, S) for the first, hidden states (B, S, D) for the others."""
         segment = self.segments[index]
-        name = "input_ids" if index == 0 else "inputs_embeds"
-        hidden = self._run(segment.run, segment.cache, name, given)
+        if index == 0:
+            self._note(given, segment.cache.length)
+        hidden = self._run(segment.run, segment.cache, None if index == 0 else given, given.shape[1])
         if segment.tail is None:
             return Arrived(hidden, hidden)
-        return Arrived(hidden, self._run(segment.tail, cast(SegmentCache, segment.tail_cache), "inputs_embeds", hidden))
+        tail_cache = cast(SegmentCache, segment.tail_cache)
+        return Arrived(hidden, self._run(segment.tail, tail_cache, hidden, given.shape[1]))
 
     def prefill(self, ids: Tensor) -> list[Tensor]:
         """Run (B, S) tokens through every segment; the readable states at each depth."""
@@ -110,11 +125,19 @@ class DepthRunner:
         """(B, H, S, P) each, block by block, the exits' own blocks left out."""
         return [(layer.keys, layer.values) for segment in self.segments for layer in segment.cache.own]
 
-    def _run(self, decoder: Any, cache: SegmentCache, name: str, given: Tensor) -> Tensor:
+    def _note(self, ids: Tensor, start: int) -> None:
+        if self._ids is None:
+            self._ids = ids.new_zeros(ids.shape[0], self._room)
+        self._ids[:, start : start + ids.shape[1]] = ids
+
+    def _run(self, decoder: Any, cache: SegmentCache, states: Tensor | None, tokens: int) -> Tensor:
+        """The next tokens through a decoder, from `states` where they come from an earlier one."""
         start = cache.length
-        stop = start + given.shape[1]
+        stop = start + tokens
+        if states is not None:
+            decoder._modules[self._embeddings].states = states
         return decoder(
-            **{name: given},
+            input_ids=cast(Tensor, self._ids)[:, start:stop],
             attention_mask=None if self._mask is None else self._mask[:, :stop],
             position_ids=self._places[:, start:stop],
             past_key_values=cache,
@@ -125,7 +148,7 @@ class DepthRunner:
 def _segment(model: nn.Module, start: int, stop: int) -> Segment:
     blocks = list(anatomy.blocks(model))
     here = range(start, stop)
-    run = views.backbone_of(model, blocks[start:stop], here, embeds=start == 0)
+    run = _decoder(model, blocks[start:stop], here, first=start == 0)
     cache = SegmentCache([GrowingLayer() for _ in here], start)
     # an exit that was tuned is read out as its own sub-model would be; any other depth by the model's norm and head
     reader = at_depth(model, stop) if stop in depths_of(model) else model
@@ -135,7 +158,19 @@ def _segment(model: nn.Module, start: int, stop: int) -> Segment:
         return Segment(stop, run, cache, norm, reader)
     stand_for = [min(stop + place, len(blocks) - 1) for place in range(len(tail))]
     tail_cache = SegmentCache([GrowingLayer() for _ in tail], stop)
-    return Segment(stop, run, cache, norm, reader, views.backbone_of(model, tail, stand_for), tail_cache)
+    return Segment(stop, run, cache, norm, reader, _decoder(model, tail, stand_for), tail_cache)
+
+
+def _embeddings(model: nn.Module) -> str:
+    """Name of the embeddings in the decoder."""
+    return anatomy.anatomy_of(model).embeddings.rpartition(".")[2]
+
+
+def _decoder(model: nn.Module, blocks: Sequence[nn.Module], like: Sequence[int], first: bool = False) -> Any:
+    view = views.backbone_of(model, blocks, like, embeds=first)
+    if not first:
+        view._modules[_embeddings(model)] = _Arriving()
+    return view
 
 
 def _mask_and_places(mask: Tensor | None, room: int, device: torch.device) -> tuple[Tensor | None, Tensor]:

@@ -98,7 +98,7 @@ def snapshot(model: Any) -> dict[str, Any]:
         "hooks": [
             (name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
         ],
-        "attributes": sorted(vars(model)),
+        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
         "weights": [(name, p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()],
     }
 

@@ -184,8 +184,9 @@ def test_end_tokens_stop_a_row_and_no_longer_hold_the_batch():
         assert len(ended.stats.depths[row]) == len(answer)
 
 
-def test_a_pesc_model_with_exits():
-    pesc = sm.PescConfig(num_experts=4, top_k=2, adapter_dim=8, lora={"enabled": False})
+@pytest.mark.parametrize("router", ["learned", "hash"])
+def test_a_pesc_model_with_exits(router: Any):
+    pesc = sm.PescConfig(num_experts=4, top_k=2, adapter_dim=8, router=router, lora={"enabled": False})
     model = sm.craft(deep(agree=0.3, sharp=10.0), [pesc, sm.SoftConfig(exits=(2, 3, 4))], proof=False).eval()
     randomize_adapters(model)
     ids, mask = padded(2, LENGTH)

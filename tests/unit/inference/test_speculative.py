@@ -98,10 +98,11 @@ def test_a_draft_that_is_always_wrong_or_always_right(family: str):
     assert (stats.rounds, stats.full_passes, stats.early_passes) == (2, 3, 1 + 6 + 5)
 
 
-@pytest.mark.parametrize("kind", ["frozen trunk", "PESC", "PESC and SoFT"])
+@pytest.mark.parametrize("kind", ["frozen trunk", "PESC", "PESC by token ids", "PESC and SoFT"])
 def test_other_crafted_models(kind: str):
     ids, mask = padded(3, LENGTH)
-    pesc = sm.PescConfig(num_experts=4, top_k=2, adapter_dim=8, lora={"enabled": False})
+    router = "hash" if "ids" in kind else "learned"
+    pesc = sm.PescConfig(num_experts=4, top_k=2, adapter_dim=8, router=router, lora={"enabled": False})
     if kind == "frozen trunk":
         model = elastic(trunk="frozen", agree=0.1, sharp=8.0)
     else:
