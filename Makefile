@@ -38,7 +38,7 @@ format: $(STAMP) ## Format the code and mend what lint can mend.
 schema: $(STAMP) ## Write the recipe's JSON schema and its table of keys anew.
 	$(PYTHON) tools/write_schema.py
 
-bench: $(STAMP) ## Speed of the PESC layer and of tuning; writes benchmarks/results.
+bench: $(STAMP) ## Speed of the PESC layer and of tuning, PESC and SoFT; writes benchmarks/results.
 	$(PYTHON) -m benchmarks
 
 clean: ## Remove the environment and all caches.

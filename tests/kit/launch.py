@@ -63,7 +63,7 @@ def pico_runs(out: Path, processes: int, **runs: dict[str, Any]) -> dict[str, li
     """
     out.mkdir(parents=True, exist_ok=True)
     jobs = [{"label": label, "settings": {**one, "run": str(one["run"])}} for label, one in runs.items()]
-    done = launched(["tests.kit.two_ranks", str(out), json.dumps(jobs)], processes)
+    done = launched(["tests.kit.two_ranks", str(out), json.dumps(jobs)], processes, seconds=600)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return {

@@ -1,4 +1,4 @@
-"""What each rank of a data-parallel run does: 12 steps of PESC on a pico model. Run it under torchrun, or alone as one process.
+"""What each rank of a data-parallel run does: 12 steps of a method on a pico model. Run it under torchrun, or alone as one process.
 
 torchrun --nproc-per-node 2 -m tests.kit.two_ranks OUT '[{"label": "ddp", "settings": {"run": FOLDER, "sharded": false}}]'
 
@@ -21,15 +21,31 @@ from sparsmith import ranks
 from sparsmith.crafting.gathered import reshard
 from sparsmith.methods.base import LoraSettings
 from sparsmith.methods.pesc.config import PescConfig
+from sparsmith.methods.soft.config import SoftConfig
 from sparsmith.ops.shards import part, whole
-from tests.kit.pico import pico_model
+from tests.kit.cases import base_for
 from tests.kit.rows import RowDataset, pad_rows
 
 STEPS = 12
+HEALTH, DEAD = ("health/pesc/load", "health/soft/loss_at"), "health/pesc/dead_experts"
 # the balance loss is on: its counts are summed over the ranks, so it must not differ either
 CONFIG = PescConfig(
     num_experts=8, top_k=1, adapter_dim=8, balance_alpha=0.05, path="masked", lora=LoraSettings(r=2, dropout=0.0)
 )
+_SOFT: dict[str, Any] = {"exits": (1, 2, 4), "ce": {"chunk": 8}}
+METHODS = {
+    "pesc": CONFIG,
+    "soft": SoftConfig(**_SOFT, weights="linear"),
+    "soft, tied": SoftConfig(**{**_SOFT, "exits": (2, 4)}),
+    "soft, KL": SoftConfig(**_SOFT, kl={"weight": 0.5}),
+    "soft LoRA": SoftConfig(**_SOFT, tune="lora", lora=LoraSettings(r=2, dropout=0.0)),
+    "soft, sandwich": SoftConfig(**_SOFT, schedule="sandwich"),
+    "soft, sampled": SoftConfig(**_SOFT, schedule="sampled"),
+    "soft, layer dropout": SoftConfig(**_SOFT, layer_dropout=0.5),
+    "soft, frozen trunk": SoftConfig(**_SOFT, trunk="frozen"),
+    "soft, frozen trunk, sandwich": SoftConfig(**_SOFT, trunk="frozen", schedule="sandwich"),
+}
+"""A later method joins by an entry here."""
 
 
 class StopAt(TrainerCallback):
@@ -42,17 +58,27 @@ class StopAt(TrainerCallback):
         control.should_training_stop = control.should_training_stop or state.global_step >= self.step
 
 
-def tune(run: str, *, sharded: bool = False, stop: int = STEPS, save: int = STEPS, base: str = "float32") -> dict:
+def tune(
+    run: str,
+    *,
+    method: str = "pesc",
+    sharded: bool = False,
+    stop: int = STEPS,
+    save: int = STEPS,
+    base: str = "float32",
+) -> dict:
     """12 steps of four rows in a run's folder, gone on with where it holds a checkpoint; the figures of this rank.
 
     Args:
+        method: one of `METHODS`.
         sharded: FSDP2 instead of DDP, where there are several processes.
         stop: end after that step.
         save: steps between checkpoints.
         base: number type of the frozen base; the trained tensors are float32 beside it.
     """
     os.environ.update({"ACCELERATE_USE_FSDP": "true" if sharded else "false", "FSDP_VERSION": "2"})
-    model = sm.craft(pico_model("llama", dtype=getattr(torch, base)), CONFIG, seed=1)
+    family = "gemma2" if method == "soft, tied" else "llama"
+    model = sm.craft(base_for(METHODS[method], family, dtype=getattr(torch, base)), METHODS[method], seed=1)
     args = TrainingArguments(
         output_dir=run,
         max_steps=STEPS,
@@ -77,10 +103,10 @@ def tune(run: str, *, sharded: bool = False, stop: int = STEPS, save: int = STEP
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return {
         "losses": {str(line["step"]): line["loss"] for line in lines},
-        "balance": {str(line["step"]): line["term/pesc.balance"] for line in lines},
+        "balance": {str(line["step"]): line["term/pesc.balance"] for line in lines if "term/pesc.balance" in line},
         "norms": {str(line["step"]): float(line["grad_norm"]) for line in lines},
-        "health": {str(line["step"]): {k: v for k, v in line.items() if "health/pesc/load" in k} for line in lines},
-        "dead": {str(line["step"]): line["health/pesc/dead_experts"] for line in lines},
+        "health": {str(line["step"]): {k: v for k, v in line.items() if k.startswith(HEALTH)} for line in lines},
+        "dead": {str(line["step"]): line[DEAD] for line in lines if DEAD in line},
         "weights": {name: whole(p.detach()).double().reshape(-1).tolist() for name, p in trained},
         "parameter_bytes": sum(part(p).nbytes for p in model.parameters()),
     }

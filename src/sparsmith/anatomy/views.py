@@ -44,7 +44,7 @@ def first_blocks(model: nn.Module, depth: int, tail: Sequence[nn.Module] = ()) -
         return view
     outer = _shallow(model)
     outer._modules["base"] = view
-    config = copy.copy(model.config)
+    config: Any = copy.copy(model.config)
     config.base_config = view.config
     config.num_hidden_layers = len(blocks)
     outer.config = config

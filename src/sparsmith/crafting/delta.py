@@ -128,7 +128,9 @@ def frozen_hash(model: nn.Module, state: dict[str, Tensor]) -> str:
     if known is not None and any(is_sharded(parameter) for parameter in model.parameters()):
         return known
     held = {name for name, _ in lora_parameters(model)} | state.keys()
-    places = {tensor.data_ptr() for tensor in state.values() if tensor.numel()}  # a tied tensor is held under its other name
+    places = {
+        tensor.data_ptr() for tensor in state.values() if tensor.numel()
+    }  # a tied tensor is held under its other name
     rest = ((name, t) for name, t in model.state_dict().items() if name not in held and isinstance(t, Tensor))
     return strict.content_hash((name, t) for name, t in rest if not t.numel() or t.data_ptr() not in places)
 

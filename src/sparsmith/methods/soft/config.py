@@ -28,9 +28,9 @@ class CrossEntropySettings(StrictModel):
     """How the losses of the exits are computed; never changes them by more than rounding."""
 
     impl: Literal["auto", "fused", "torch", "checkpoint"] = "auto"
-    """`fused`: chunks of tokens whose gradients are made in the forward (fastest); `torch`: the library's chunked
-    `linear_cross_entropy` (needs a bare head: no KL, softcap or bias); `checkpoint`: chunks computed again in the backward, also under
-    FSDP. `auto` = `fused`, and `checkpoint` where the head is sharded."""
+    """`fused`: chunks of tokens whose gradients are made in the forward (fastest; also under FSDP, where the head is gathered once);
+    `torch`: the library's chunked `linear_cross_entropy` (needs a bare head: no KL, softcap or bias); `checkpoint`: chunks computed again
+    in the backward. `auto` = `fused`."""
     chunk: Annotated[int, Field(gt=0)] = 1024
     """Tokens whose logits exist at once."""
 

@@ -39,6 +39,19 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def called_once(module: nn.Module, act: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`act(*inputs)` as one call of `module`: its hooks see one forward, for which its weights, where they are sharded, are gathered and
+    stay until the backward. Inside, use what `module.forward` was before."""
+    known = module.__dict__.get("forward")
+    module.forward = act
+    try:
+        return module(*inputs)
+    finally:
+        del module.forward
+        if known is not None:
+            module.forward = known
+
+
 def trunk_states(
     model: nn.Module, batch: Batch, depths: Sequence[int], select: Select, kept: Sequence[int] | None = None
 ) -> dict[int, Tensor]:
@@ -90,7 +103,7 @@ def tail_states(
         depth -> (P, D) after block and norm, with gradients into the block alone; and the full depth's (P, D), where asked for.
     """
     blocks, owned = anatomy.blocks(model), exits_of(model)
-    norm = anatomy.walk(anatomy.base_of(model), anatomy.anatomy_of(model).norm)
+    norm: nn.Module = anatomy.walk(anatomy.base_of(model), anatomy.anatomy_of(model).norm)
     calls: dict[int, tuple[Any, Any]] = {}
 
     def take(depth: int) -> Callable[..., None]:
@@ -109,13 +122,14 @@ def tail_states(
         for n in depths:
             stack.callback(blocks[n].register_forward_pre_hook(take(n), with_kwargs=True).remove)
         output = decoder(**inputs_of(batch), use_cache=False).last_hidden_state
-    states = {}
+    raw = []
     for n in depths:
         args, kwargs = calls[n]
-        block = owned[n]["block"]
-        hidden = _first(block(*_as_float(args), **_as_float(kwargs)))
-        states[n] = norm(select(hidden).to(output.dtype))
-    return states, select(output) if full else None
+        hidden = _first(owned[n]["block"](*_as_float(args), **_as_float(kwargs)))
+        raw.append(select(hidden).to(output.dtype))
+    own = norm.forward
+    normed = called_once(norm, lambda *hidden: tuple(own(one) for one in hidden), *raw)
+    return dict(zip(depths, normed)), select(output) if full else None
 
 
 def _as_float(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,11 +23,10 @@ from sparsmith.methods.base import (
 )
 from sparsmith.methods.soft import parts
 from sparsmith.methods.soft.config import SoftConfig, block_params
-from sparsmith.methods.soft.forward import labelled, tail_states, trunk_states
+from sparsmith.methods.soft.forward import called_once, labelled, tail_states, trunk_states
 from sparsmith.methods.soft.schedule import active_weights, choices, draw_index, kept_layers
 from sparsmith.ops.balance import several_ranks, sum_over_ranks
 from sparsmith.ops.depth_loss import Distillation, Exit, depth_losses
-from sparsmith.ops.shards import is_sharded
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
@@ -164,14 +163,24 @@ class SoftMethod(Method):
         state.micro += 1
         select, labels = labelled(batch)
         distil = Distillation(config.kl.weight, config.kl.temperature) if config.kl else None
-        exits, full = _exits(model, config, batch, active, select, kept, distil is not None, layers)
-        impl = _impl(config, model)
-        if impl == "torch":
+        depths = sorted(active)
+        states, at_end = _states(model, config, batch, depths, select, kept, distil is not None, layers)
+        if config.ce.impl == "torch":
             _check_bare(model)
-        value, losses = depth_losses(exits, labels, impl=impl, chunk=config.ce.chunk, kl=distil, full=full)
-        for exit, own in zip(exits, losses):
-            state.add(exit.depth, own, len(labels))
-        at_full = next((own for exit, own in zip(exits, losses) if exit.depth == layers), None)
+        head: nn.Module = anatomy.head(model)
+        forward = head.forward
+
+        def losses_of(*hidden: Tensor) -> tuple[Tensor, Tensor]:
+            exits = [_exit(model, config, n, active[n], h, forward) for n, h in zip(depths, hidden)]
+            full = _exit(model, config, layers, 0.0, at_end, forward) if at_end is not None else None
+            impl = "fused" if config.ce.impl == "auto" else config.ce.impl
+            return depth_losses(exits, labels, impl=impl, chunk=config.ce.chunk, kl=distil, full=full)
+
+        inputs = [states[n] for n in depths]
+        value, losses = losses_of(*inputs) if config.arm == "ict" else called_once(head, losses_of, *inputs)
+        for depth, own in zip(depths, losses):
+            state.add(depth, own, len(labels))
+        at_full = next((own for depth, own in zip(depths, losses) if depth == layers), None)
         told = at_full if at_full is not None and len(at_full) == len(labels) else None
         return TaskLoss(value / num_items, told)
 
@@ -339,52 +348,43 @@ def _active(config: SoftConfig, omega: dict[int, float], layers: int, draw: int,
     )
 
 
-def _exits(
+def _states(
     model: nn.Module,
     config: SoftConfig,
     batch: Batch,
-    active: dict[int, float],
+    depths: list[int],
     select: Any,
     kept: Any,
     kl: bool,
     layers: int,
-) -> tuple[list[Exit], Exit | None]:
-    """The exits of this micro-batch, and the full depth where they learn from it."""
-    full_state: Tensor | None
-    depths = sorted(active)
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """The normed states of this micro-batch's exits, and that of the full depth, detached, where they learn from it."""
     if config.trunk == "frozen":
-        states, full_state = tail_states(model, batch, depths, select, kl)
-    elif config.arm == "ict":
+        return tail_states(model, batch, depths, select, kl)
+    if config.arm == "ict":
         with torch.no_grad():
-            states = trunk_states(model, batch, depths, select)
-        full_state = None
-    else:
-        states = trunk_states(model, batch, depths, select, kept)
-        full_state = states.get(layers)
-    exits = [_exit(model, config, n, active[n], states[n]) for n in depths]
-    full = None
-    if kl and full_state is not None:
-        full = _exit(model, config, layers, 0.0, full_state.detach())
-    return exits, full
+            return trunk_states(model, batch, depths, select), None
+    states = trunk_states(model, batch, depths, select, kept)
+    return states, states[layers].detach() if kl and layers in states else None
 
 
-def _exit(model: nn.Module, config: SoftConfig, depth: int, weight: float, hidden: Tensor) -> Exit:
+def _exit(
+    model: nn.Module, config: SoftConfig, depth: int, weight: float, hidden: Tensor, forward: Callable[[Tensor], Tensor]
+) -> Exit:
+    """Args: forward: the model's own head, without its hooks."""
     owned = parts.exits_of(model).get(depth)
-    head: Any = owned["head"] if owned is not None and "head" in owned else anatomy.head(model)
+    head: Any = anatomy.head(model)
+    if owned is not None and "head" in owned:
+        head = owned["head"]
+        forward = head.forward
     cap = anatomy.softcap(model)
 
     def logits(h: Tensor) -> Tensor:
-        return head(h) if cap is None else (head(h) / cap).tanh() * cap
+        return forward(h) if cap is None else (forward(h) / cap).tanh() * cap
 
     trained = tuple(p for p in head.parameters() if p.requires_grad)
     weight_only = (head.weight,) if isinstance(head, nn.Linear) and head.bias is None else ()
     return Exit(depth, weight, hidden, logits, trained, weight_only)
-
-
-def _impl(config: SoftConfig, model: nn.Module) -> str:
-    if config.ce.impl != "auto":
-        return config.ce.impl
-    return "checkpoint" if any(is_sharded(p) for p in anatomy.head(model).parameters()) else "fused"
 
 
 def _check_bare(model: nn.Module) -> None:
