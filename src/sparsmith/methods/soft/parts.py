@@ -61,7 +61,9 @@ def exits_of(model: nn.Module) -> dict[int, nn.ModuleDict]:
 def add_blocks(model: nn.Module, depths: tuple[int, ...]) -> None:
     """A block for every exit, started as a copy of the next one."""
     blocks = anatomy.blocks(model)
-    held = {str(n): nn.ModuleDict({"block": copy.deepcopy(blocks[n]).float()}) for n in depths}
+    # settings stay the model's own objects: a later change of the attention's implementation must reach these blocks too
+    shared = {id(part.config): part.config for part in model.modules() if getattr(part, "config", None) is not None}
+    held = {str(n): nn.ModuleDict({"block": copy.deepcopy(blocks[n], dict(shared)).float()}) for n in depths}
     model.add_module(EXITS, nn.ModuleDict(held))
 
 

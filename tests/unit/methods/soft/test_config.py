@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 import sparsmith as sm
 from sparsmith.methods.soft.config import PRESETS
-from tests.kit.pico import pico_config
+from tests.kit.pico import pico_config, pico_model
 
 EXITS = (1, 3, 4)
 
@@ -42,3 +42,10 @@ def test_no_gradient_passes_through_a_frozen_trunk():
     assert whole.forward - whole.base_forward == heads
     low_rank = sm.plan(base, config(tune="lora"))
     assert low_rank.flops.training == 2 * whole.base_forward + 3 * heads + 6 * low_rank.trained["lora"]
+
+
+def test_a_change_of_attention_reaches_the_exits_own_blocks():
+    model = sm.craft(pico_model(num_hidden_layers=4), config(trunk="frozen"), inplace=True, proof=False)
+    model.set_attn_implementation("sdpa")
+    kinds = {m.config._attn_implementation for m in model.modules() if getattr(m, "config", None) is not None}
+    assert kinds == {"sdpa"}
