@@ -16,7 +16,7 @@ from tests.kit.two_ranks import METHODS, STEPS, tune
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
 
-# sums over two halves are rounded differently from one sum; Adam divides by a gradient's size, so a weight whose gradient is near 0 shows it
+# sums over two halves are rounded differently from one sum; Adam divides by a gradient's size, so where it is near 0 a weight shows it
 NEAR, AFTER_ADAM = 1e-5, 1e-4
 WHOLE = ("soft", "soft, sampled", "soft, frozen trunk")
 SHARDED = ("soft", "soft, tied", "soft LoRA", "soft, frozen trunk")
