@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsmith import durable, ranks
 from sparsmith.app.opening import FREE, flat
 from sparsmith.app.recipes import load_recipe
-from sparsmith.bootstrap import Figure
 from sparsmith.errors import CheckpointMismatch, GuardFailed, MethodError, UsageError
-from sparsmith.evaluating import EvalResult, Sheet, signed
 from sparsmith.methods import registry
 from sparsmith.methods.base import Control, MethodConfig
 from sparsmith.recipe.schema import Recipe
 from sparsmith.runs import RunFolder, is_run
+
+if TYPE_CHECKING:
+    from sparsmith.evaluating import EvalResult, Sheet
 
 write_json = ranks.on_first(durable.write_json)
 
@@ -159,6 +160,9 @@ def compare(guard: Guard, run: RunFolder, tune_control: TuneControl) -> dict[str
 
 def sheet(found: dict[str, Any]) -> Sheet:
     """`guard.json` as a table."""
+    from sparsmith.bootstrap import Figure
+    from sparsmith.evaluating import Sheet, signed
+
     metrics = [metric for metric in found["rows"][-1]["metrics"] if metric in found["differences"]]
     heads = ("full depth", "held-out loss [95 %]", *metrics, "tokens seen", "steps")
     rows = []
@@ -203,6 +207,8 @@ def _control(guard: Guard, run: RunFolder, tune_control: TuneControl) -> RunFold
 
 
 def _result(run: RunFolder, key: str) -> EvalResult:
+    from sparsmith.evaluating import EvalResult  # loads torch, which a bad recipe need not wait for
+
     return EvalResult.from_json(durable.read_json(run.evaluation)[key])
 
 
