@@ -24,7 +24,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter_dropout": 0.1,
         "router_z_coef": 0.001,
         "lora": {"r": 4, "dropout": 0.1},
-    }
+    },
+    # draws of exits and of blocks, and a LoRA's dropout: three streams that a resume could get wrong
+    "soft": {
+        "method": "soft",
+        "exits": [1, 2],
+        "schedule": "sampled",
+        "layer_dropout": 0.3,
+        "tune": "lora",
+        "lora": {"r": 4, "dropout": 0.1},
+        "guard": {"max_loss_gap": 9.0},
+    },
 }
 """A later method joins every trial by an entry here."""
 

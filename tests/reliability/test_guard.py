@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+import sparsmith as sm
 from sparsmith.cli import main
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.errors import ProofError
@@ -43,6 +44,22 @@ def test_a_weight_that_no_token_uses_is_found(tmp_path):
     plant.at_begin = lambda: module.up.data[3, 0, 0].fill_(float("inf"))
     with pytest.raises(ProofError, match=r"step 2: found a trained parameter .* `base.model.layers.0.mlp.pesc`"):
         tuner.train()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"schedule": "sampled"}, {"trunk": "frozen"}], ids=["all", "sampled", "frozen"]
+)
+def test_a_method_that_owns_its_loss_is_watched_as_well(tmp_path, settings):
+    """A number that is none in the head, which every exit reads, and one in a block below all of them."""
+    for where in ("lm_head", "model.layers.1"):
+        config = sm.SoftConfig(exits=(2, 4), **settings)
+        plant = trials.Plant(3, 0)
+        tuner = trials.pesc_tuner(tmp_path / where, [plant], config=config, save_strategy="no")
+        weight = next(tuner.crafted.get_submodule(where).parameters())
+        plant.at_begin = lambda weight=weight: weight.data.view(-1)[:1].fill_(float("nan"))
+        with pytest.raises(ProofError, match="step 3: ") as stop:
+            tuner.train()
+        assert tuner.state.global_step == 2 and stop.value.exit_code == 8
 
 
 def test_a_norm_that_overflows_is_found_though_each_gradient_is_finite(tmp_path):

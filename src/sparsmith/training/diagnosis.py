@@ -45,7 +45,7 @@ def bad_parameter(model: nn.Module, *, trained_only: bool = False) -> Finding | 
 
 def bad_forward(model: nn.Module, run: Callable[[], dict[str, Any]]) -> Finding | None:
     """The first module whose output is not finite while `run` computes the objective's dict for a micro-batch."""
-    watch = _ForwardWatch(_names(model))
+    watch = _ForwardWatch(_Names(model))
     with _hooked(model, watch.enter, watch.leave):
         outputs = run()
     if watch.found is not None:
@@ -58,7 +58,7 @@ def bad_forward(model: nn.Module, run: Callable[[], dict[str, Any]]) -> Finding 
 
 def bad_backward(model: nn.Module, run: Callable[[], None]) -> Finding | None:
     """The first gradient that is not finite while `run` computes a forward and a backward, in the backward's order."""
-    names = _names(model)
+    names = _Names(model)
     found: list[Finding] = []
 
     def look(gradient: Tensor, module: str, what: str) -> None:
@@ -101,7 +101,7 @@ _OVERFLOW = 1e18  # its square is near the largest float32
 
 @dataclass
 class _ForwardWatch:
-    names: dict[nn.Module, str]
+    names: _Names
     found: Finding | None = None
     inside: list[str] = field(default_factory=list)
 
@@ -133,8 +133,15 @@ def _hooked(model: nn.Module, enter: Any, leave: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _names(model: nn.Module) -> dict[nn.Module, str]:
-    return {module: name or type(module).__name__ for name, module in model.named_modules()}
+class _Names:
+    """Name of a module, and of a view of it (`anatomy.views`), which has the same hooks and so calls ours."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = model.named_modules()
+        self._of = {id(module._forward_hooks): name or type(module).__name__ for name, module in modules}
+
+    def __getitem__(self, module: nn.Module) -> str:
+        return self._of[id(module._forward_hooks)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from sparsmith.crafting.tensors import content_hash
 from sparsmith.errors import ProofError
 from sparsmith.methods.base import LoraSettings
 from sparsmith.seeds import numpy_generator
-from tests.kit.pico import pico_model
+from tests.kit.cases import base_for
 from tests.kit.rows import RowDataset, pad_rows
 from tests.kit.tally import Tally
 
@@ -41,9 +41,13 @@ def numbered_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**pad_rows(rows), "sample_ids": torch.tensor([row["sample_ids"] for row in rows])}
 
 
-def pesc_tuner(folder: Path, callbacks: list[TrainerCallback], steps: int = STEPS, **changes: Any) -> sm.Tuner:
-    """PESC with LoRA and its dropout on a pico model; 2 micro-batches of 2 rows, a checkpoint each 5 steps."""
-    config = sm.PescConfig(num_experts=4, top_k=2, adapter_dim=8, path="masked", lora=LoraSettings(r=4, dropout=0.1))
+PESC = sm.PescConfig(num_experts=4, top_k=2, adapter_dim=8, path="masked", lora=LoraSettings(r=4, dropout=0.1))
+
+
+def pesc_tuner(
+    folder: Path, callbacks: list[TrainerCallback], steps: int = STEPS, config: Any = PESC, **changes: Any
+) -> sm.Tuner:
+    """A method (PESC with LoRA and its dropout) on a pico model; 2 micro-batches of 2 rows, a checkpoint each 5 steps."""
     settings: dict[str, Any] = {
         "max_steps": steps,
         "per_device_train_batch_size": MICRO,
@@ -62,7 +66,7 @@ def pesc_tuner(folder: Path, callbacks: list[TrainerCallback], steps: int = STEP
         **changes,
     }
     return sm.Tuner(
-        model=sm.craft(pico_model("llama"), config, seed=3, proof=False),
+        model=sm.craft(base_for(config, "llama"), config, seed=3, proof=False),
         args=TrainingArguments(output_dir=str(folder), **settings),
         train_dataset=NumberedRows(STEPS * ROWS),
         data_collator=numbered_batch,
