@@ -9,7 +9,7 @@ import yaml
 
 from tests.kit.checkpoints import save_base
 from tests.kit.evalsets import char_tokenizer
-from tests.kit.small_run import make_recipe
+from tests.kit.small_run import make_recipe, row_lines
 
 LAYERS, EXITS, STEPS = 4, [1, 2, 4], 4
 
@@ -21,7 +21,7 @@ def elastic_recipe(folder: Path, *, eval_rows: bool = True, train: dict[str, Any
         save_base(base, num_hidden_layers=LAYERS)
         char_tokenizer().save_pretrained(base)
         for name in ("sums", "words"):
-            (folder / f"{name}.jsonl").write_text(_rows(name), encoding="utf-8")
+            (folder / f"{name}.jsonl").write_text(row_lines(name, 80, seed=len(name)), encoding="utf-8")
     path = make_recipe(folder, "pesc", **{"steps": STEPS, "eval_every": None, "save_every": None, **(train or {})})
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe["methods"] = [{"method": "soft", "exits": EXITS, **method}]
@@ -29,9 +29,3 @@ def elastic_recipe(folder: Path, *, eval_rows: bool = True, train: dict[str, Any
         recipe["data"]["eval"] = []
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
-
-
-def _rows(name: str) -> str:
-    from tests.kit.small_run import _rows
-
-    return _rows(name, 80, seed=len(name))

@@ -47,7 +47,7 @@ def make_recipe(folder: Path, method: str = "pesc", **train: Any) -> Path:
         save_base(base)
         char_tokenizer().save_pretrained(base)
         for index, name in enumerate(("sums", "words")):
-            (folder / f"{name}.jsonl").write_text(_rows(name, 80, seed=index), encoding="utf-8")
+            (folder / f"{name}.jsonl").write_text(row_lines(name, 80, seed=index), encoding="utf-8")
     sources = [
         {"name": n, "domain": n, "path": f"{n}.jsonl", "heldout": 0.1, "part": "train"} for n in ("sums", "words")
     ]
@@ -89,7 +89,7 @@ def make_recipe(folder: Path, method: str = "pesc", **train: Any) -> Path:
     return path
 
 
-def _rows(kind: str, count: int, seed: int) -> str:
+def row_lines(kind: str, count: int, seed: int) -> str:
     stream = random.Random(seed)
     lines = []
     for _ in range(count):

@@ -4,8 +4,6 @@ folder. Its weights are random, so figures mean nothing; files, ways and ways ou
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import yaml
 
 from tests.kit.checkpoints import save_base
 from tests.kit.evalsets import char_tokenizer
+from tests.kit.small_run import row_lines
 
 LAYERS, EXITS = 4, [1, 2, 4]
 SOFT: dict[str, Any] = {"method": "soft", "exits": EXITS}
@@ -25,7 +24,7 @@ def soft_recipe(folder: Path, method: dict[str, Any] = SOFT, **train: Any) -> Pa
     save_base(folder / "base", num_hidden_layers=LAYERS)
     char_tokenizer().save_pretrained(folder / "base")
     for index, name in enumerate(("sums", "words")):
-        (folder / f"{name}.jsonl").write_text(_rows(name, 60, index), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(row_lines(name, 60, index), encoding="utf-8")
     held = {"heldout": 0.2, "part": "heldout", "limit": 6, "metrics": ["loss", "exact_match"], "max_new_tokens": 8}
     recipe = {
         "model": {"path": "base", "dtype": "float32"},
@@ -64,14 +63,3 @@ def crafted_run(folder: Path, method: dict[str, Any] = SOFT) -> Path:
     configs: Any = list(recipe.methods)
     sm.save(sm.craft(load_base(recipe.model), configs, inplace=True), run / "model", tokenizer=char_tokenizer())
     return run
-
-
-def _rows(kind: str, count: int, seed: int) -> str:
-    stream = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        a, b = stream.randrange(50), stream.randrange(50)
-        word = "".join(stream.choice("abcdef") for _ in range(stream.randrange(2, 7)))
-        pair = (f"{a}+{b}=", str(a + b)) if kind == "sums" else (f"reverse {word}: ", word[::-1])
-        lines.append(json.dumps(dict(zip(("prompt", "completion"), pair))))
-    return "\n".join(lines) + "\n"

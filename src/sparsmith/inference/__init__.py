@@ -5,7 +5,7 @@ from sparsmith.inference.calibrate import Calibration, calibrate
 from sparsmith.inference.early_exit import ExitStats
 from sparsmith.inference.faults import BudgetTooSmall, ModeConflict, ProfileMissing
 from sparsmith.inference.generate import Generated, generate, stream_text
-from sparsmith.inference.profile import Profile, measure_profile
+from sparsmith.inference.profile import Profile
 from sparsmith.inference.runner import DepthRunner
 from sparsmith.inference.speculative import SelfSpeculation, SpeculationStats
 
@@ -23,6 +23,5 @@ __all__ = [
     "calibrate",
     "depth_for",
     "generate",
-    "measure_profile",
     "stream_text",
 ]

@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from sparsmith import durable
-from sparsmith.crafting.slices import at_depth, depths_of
 from sparsmith.errors import CheckpointError
 from sparsmith.inference.faults import ProfileMissing
 from sparsmith.manifests import refuse_newer
@@ -65,68 +60,6 @@ def device_name(model: nn.Module) -> str:
 
 def dtype_of(model: nn.Module) -> str:
     return str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
-
-
-@torch.inference_mode()
-def measure_profile(
-    model: Any,
-    *,
-    depths: Sequence[int] | None = None,
-    batch: int = 1,
-    context: int = 64,
-    new_tokens: int = 32,
-    repeats: int = 5,
-) -> Profile:
-    """Time greedy generation at each depth, all depths in turn within every repeat, so that a noisy machine disturbs them alike.
-
-    A step is the time of `new_tokens` + 1 tokens less that of one, over `new_tokens`; the median of the repeats counts.
-    """
-    views = {depth: at_depth(model, depth) for depth in depths or depths_of(model)}
-    ids = torch.randint(0, model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
-    times: dict[int, list[float]] = {depth: [] for depth in views}
-    for repeat in range(repeats + 1):  # the first is warm-up
-        for depth, view in views.items():
-            long, short = _seconds(view, ids, new_tokens + 1), _seconds(view, ids, 1)
-            if repeat:
-                times[depth].append(max(0.0, long - short) / new_tokens * 1e3)
-    cpu = model.device.type == "cpu"
-    return Profile(
-        device=device_name(model),
-        dtype=dtype_of(model),
-        batch=batch,
-        ms_per_token={depth: statistics.median(values) for depth, values in times.items()},
-        context=context,
-        threads=torch.get_num_threads() if cpu else 0,
-        spread={depth: _quartiles(values) for depth, values in times.items()},
-    )
-
-
-def _seconds(view: Any, ids: torch.Tensor, new: int) -> float:
-    _wait(ids.device)
-    start = time.perf_counter()
-    view.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    _wait(ids.device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4)
-    return first, third
 
 
 def write_profile(profile: Profile, target: str | Path) -> Path:

@@ -27,7 +27,6 @@ from sparsmith.inference.profile import (
     Profile,
     device_name,
     find_profile,
-    measure_profile,
     write_profile,
 )
 from tests.kit.pico import FAMILIES, pico_ids
@@ -161,11 +160,3 @@ def test_a_profile_that_is_none(text: str, tmp_path: Path):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(CheckpointError):
         find_profile(tmp_path, elastic(), 1)
-
-
-def test_measuring_gives_a_profile_of_every_depth_that_can_be_used(tmp_path: Path):
-    model = elastic()
-    measured = measure_profile(model, context=8, new_tokens=3, repeats=2)
-    assert set(measured.ms_per_token) == {2, 3, 4} and min(measured.ms_per_token.values()) > 0
-    assert find_profile(write_profile(measured, tmp_path), model, 1) == measured
-    assert set(measure_profile(model, depths=[2], context=8, new_tokens=2, repeats=1).ms_per_token) == {2}
