@@ -82,7 +82,9 @@ def fill_delta(model: PreTrainedModel, folder: Path, identity: Identity | None =
         durable.verify_folder(folder)
     record = record_of(model)
     ours = [plain(config.model_dump(mode="json")) for config in record.configs]
-    compare(f"{folder}: configs", plain(list(identity.configs)), ours, "Craft the model with the checkpoint's configs.")
+    # read as settings first: a key that is younger than the file has its default
+    theirs = [plain(config.model_dump(mode="json")) for config in identity.method_configs(str(folder))]
+    compare(f"{folder}: configs", theirs, ours, "Craft the model with the checkpoint's configs.")
     state, lora = method_state(model), lora_state(model)
     _check_lora_settings(model, folder, bool(lora))
     found = strict.read_tensors(folder / WEIGHTS)

@@ -199,8 +199,9 @@ def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: i
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)
+    tuned = added + sum(p.flops_tuning for p in plans)
     passes = 3 if whole else 2 if any(p.base_backward for p in plans) or lora else 1
-    return Flops(base, base + added, passes * base + 3 * added + 6 * lora, context)
+    return Flops(base, base + added, passes * base + 3 * tuned + 6 * lora, context)
 
 
 def _config_of(base: Any) -> tuple[str, Any]:

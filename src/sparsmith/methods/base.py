@@ -72,6 +72,8 @@ class MethodPlan:
     """Trained parameters by role."""
     flops_forward: int = 0
     """Extra forward FLOPs per token over the base (2 per multiply-add); negative when it saves."""
+    flops_tuning: int = 0
+    """Extra forward FLOPs per token while tuning alone (heads of further exits)."""
     base_backward: bool = True
     """False where no gradient passes through the base: only what was added is passed backward."""
     activation_floats: int = 0

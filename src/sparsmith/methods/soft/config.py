@@ -159,6 +159,30 @@ class SoftConfig(MethodConfig):
             return {n: full[n] / total for n in inner}
         return exit_weights(self.weights, exits, e_scale=self.e_scale, boost=self.boost)
 
+    def check_exits(self, layers: int) -> None:
+        """Refuse settings that these exits leave without effect.
+
+        Raises:
+            MethodError: an exit of weight 0; weights, schedule, KL or layer dropout for the full depth alone.
+        """
+        idle = [n for n, weight in self.omega(layers).items() if weight <= 0]
+        if idle:
+            raise MethodError(
+                "soft.weights",
+                f"`{self.weights}`, which gives exit {idle[0]} the weight 0",
+                "a loss at every exit",
+                f"Leave exit {idle[0]} out, or take other weights.",
+            )
+        if self.arm == "soft" and self.depths(layers) == (layers,):
+            found = self.changed("weights", "schedule", "kl")
+            if found:
+                raise MethodError(
+                    f"soft.{found[0]}",
+                    f"set, with the full depth {layers} as the only exit",
+                    "an exit below the full depth",
+                    f"Add one to `exits`, or remove `{found[0]}`.",
+                )
+
     @property
     def frozen_trunk(self) -> bool:
         """Only what the exits own is trained."""

@@ -60,7 +60,7 @@ class SoftMethod(Method):
             changes=tuple(changes),
             added=added,
             trained=config.num_trained(shape),
-            flops_forward=extra if config.arm != "sft" else 0,
+            flops_tuning=extra,
             base_backward=not config.frozen_trunk,
             activation_floats=2 * len(omega) * shape.hidden,
             notes=_notes(config, shape, exits, heads),
@@ -74,7 +74,7 @@ class SoftMethod(Method):
         ):  # what another method has wrapped was looked at then, and may need a whole forward
             anatomy.probe(model)
         exits = config.depths(shape.layers)
-        config.omega(shape.layers)
+        config.check_exits(shape.layers)
         if config.arm == "ict":
             parts.add_heads(model, exits[:-1])
         elif config.trunk == "frozen":
@@ -208,9 +208,8 @@ class SoftMethod(Method):
         row = anatomy.anatomy_of(model)
         for path in (row.norm, row.head):
             parts.release_masters(model, path)
-        kind = next(p.dtype for p in anatomy.blocks(model).parameters() if p.is_floating_point())
         for part in parts.exits_of(model).values():
-            part.to(kind)
+            part.to(parts.trunk_dtype(model))
         return model
 
     def depths(self, config: SoftConfig, layers: int) -> tuple[int, ...]:
@@ -218,7 +217,9 @@ class SoftMethod(Method):
 
     def tail_at(self, model: nn.Module, config: SoftConfig, depth: int) -> tuple[nn.Module, ...]:
         owned = parts.exits_of(model).get(depth)
-        return (owned["block"],) if owned is not None and "block" in owned else ()
+        if owned is None or "block" not in owned:
+            return ()
+        return (parts.as_read_out(owned["block"], parts.trunk_dtype(model)),)
 
     def exits_own(self, model: nn.Module, config: SoftConfig) -> bool:
         return bool(parts.exits_of(model))
@@ -232,7 +233,7 @@ class SoftMethod(Method):
         view._modules.pop(parts.EXITS, None)
         if config.frozen_trunk:
             if owned is not None and "head" in owned:
-                _swap_head(view, owned["head"])
+                _swap_head(view, parts.as_read_out(owned["head"], parts.trunk_dtype(view)))
             return None
         return config.model_copy(update={"exits": tuple(n for n in config.depths(layers) if n <= depth)})
 
@@ -375,7 +376,7 @@ def _exit(
     owned = parts.exits_of(model).get(depth)
     head: Any = anatomy.head(model)
     if owned is not None and "head" in owned:
-        head = owned["head"]
+        head, hidden = owned["head"], hidden.to(next(owned["head"].parameters()).dtype)
         forward = head.forward
     cap = anatomy.softcap(model)
 

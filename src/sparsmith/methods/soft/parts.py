@@ -61,9 +61,7 @@ def exits_of(model: nn.Module) -> dict[int, nn.ModuleDict]:
 def add_blocks(model: nn.Module, depths: tuple[int, ...]) -> None:
     """A block for every exit, started as a copy of the next one."""
     blocks = anatomy.blocks(model)
-    # settings stay the model's own objects: a later change of the attention's implementation must reach these blocks too
-    shared = {id(part.config): part.config for part in model.modules() if getattr(part, "config", None) is not None}
-    held = {str(n): nn.ModuleDict({"block": copy.deepcopy(blocks[n], dict(shared)).float()}) for n in depths}
+    held = {str(n): nn.ModuleDict({"block": _copy(blocks[n]).float()}) for n in depths}
     model.add_module(EXITS, nn.ModuleDict(held))
 
 
@@ -74,6 +72,24 @@ def add_heads(model: nn.Module, depths: tuple[int, ...]) -> None:
         head = copy.deepcopy(anatomy.head(model)).float()
         held[str(n)] = nn.ModuleDict({"head": head})
     model.add_module(EXITS, nn.ModuleDict(held))
+
+
+def trunk_dtype(model: nn.Module) -> torch.dtype:
+    """The number type that hidden states have."""
+    return next(p.dtype for p in anatomy.blocks(model).parameters() if p.is_floating_point())
+
+
+def as_read_out(part: nn.Module, kind: torch.dtype) -> nn.Module:
+    """A block or head of an exit as the settled model has it: itself, or rounded to the trunk's number type while it trains in float32."""
+    if all(p.dtype == kind for p in part.parameters()):
+        return part
+    return _copy(part).to(kind)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose settings stay the model's own objects: a later change of the attention's implementation must reach it too."""
+    shared = {id(part.config): part.config for part in module.modules() if getattr(part, "config", None) is not None}
+    return copy.deepcopy(module, dict(shared))
 
 
 def place(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, safe_open, save_file
 
 import sparsmith as sm
+from sparsmith import durable
+from sparsmith.crafting.slices import at_depth
+from sparsmith.errors import MethodError
 from sparsmith.methods.soft.config import PRESETS
-from tests.kit.pico import pico_config, pico_model
+from sparsmith.recipe.schema import ModelSettings
+from sparsmith.training import Objective
+from tests.kit.checkpoints import DELTA, IDENTITY, edit_json, save_base
+from tests.kit.pico import pico_config, pico_ids, pico_model
 
 EXITS = (1, 3, 4)
 
@@ -35,11 +45,11 @@ def test_no_gradient_passes_through_a_frozen_trunk():
     """Training FLOPs per token by hand: the trunk forward alone, what was added three times."""
     base = pico_config(num_hidden_layers=4)
     flops = sm.plan(base, config(trunk="frozen")).flops
-    assert flops.training == flops.base_forward + 3 * (flops.forward - flops.base_forward)
-    whole = sm.plan(base, config()).flops
-    assert whole.training == 3 * whole.base_forward + 3 * (whole.forward - whole.base_forward)
     heads = 2 * 2 * base.vocab_size * base.hidden_size
-    assert whole.forward - whole.base_forward == heads
+    exits = 2 * sm.plan(base, config(trunk="frozen")).trained["exit_block"]
+    assert flops.training == flops.base_forward + 3 * (heads + exits) and flops.forward == flops.base_forward
+    whole = sm.plan(base, config()).flops
+    assert whole.training == 3 * whole.base_forward + 3 * heads and whole.forward == whole.base_forward
     low_rank = sm.plan(base, config(tune="lora"))
     assert low_rank.flops.training == 2 * whole.base_forward + 3 * heads + 6 * low_rank.trained["lora"]
 
@@ -49,3 +59,51 @@ def test_a_change_of_attention_reaches_the_exits_own_blocks():
     model.set_attn_implementation("sdpa")
     kinds = {m.config._attn_implementation for m in model.modules() if getattr(m, "config", None) is not None}
     assert kinds == {"sdpa"}
+
+
+def test_an_exit_of_weight_nothing_is_refused():
+    """LayerSkip's weights give 0 to an exit behind the first block."""
+    with pytest.raises(MethodError, match=r"`sum_l`, which gives exit 1 the weight 0"):
+        sm.craft(pico_model(num_hidden_layers=4), config(weights="sum_l"))
+    sm.craft(pico_model(num_hidden_layers=4), sm.SoftConfig(exits=(2, 4), weights="sum_l"), proof=False)
+
+
+@pytest.mark.parametrize("settings", [{"weights": "linear"}, {"schedule": "sandwich"}, {"kl": {}}])
+def test_settings_of_exits_are_refused_where_there_is_none(settings):
+    with pytest.raises(MethodError, match=rf"soft.{next(iter(settings))}: .*full depth 4 as the only exit"):
+        sm.craft(pico_model(num_hidden_layers=4), sm.SoftConfig(exits=(4,), **settings))
+
+
+@pytest.mark.parametrize("settings", [{"trunk": "frozen", "kl": {}}, {"arm": "ict"}, {"tune": "lora", "head": "train"}])
+def test_a_bfloat16_base_is_tuned_and_read_out(settings):
+    """What trains is held in float32; read out, it is what settling makes of it."""
+    model = sm.craft(pico_model(num_hidden_layers=4, dtype=torch.bfloat16), config(**settings), inplace=True)
+    ids, objective = pico_ids(), Objective(model)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    objective(ids, labels)["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(parameter.grad, alpha=-0.1)
+    live = at_depth(model.eval(), 3)(ids).logits
+    settled = at_depth(sm.settle(model), 3)(ids).logits
+    assert live.dtype == torch.bfloat16
+    assert torch.equal(live, settled) or settings.get("tune") == "lora"  # a merged LoRA is rounded with its weight
+    assert (live - settled).abs().max() < 0.1
+
+
+def test_a_delta_without_a_key_that_came_later_opens(tmp_path):
+    """The key's default is what the older version did."""
+    base = save_base(tmp_path / "base", num_hidden_layers=4)
+    model = sm.craft(sm.load_base(ModelSettings(path=str(base))), config(), inplace=True, proof=False)
+    folder = sm.save(model, tmp_path / "delta")
+    edit_json(folder / IDENTITY, lambda data: data["configs"][0].pop("preset"))
+    with safe_open(folder / DELTA, "pt") as file:
+        header = json.loads(file.metadata()["sparsmith"])
+    header["configs"][0].pop("preset")
+    save_file(load_file(folder / DELTA), folder / DELTA, {"sparsmith": json.dumps(header, sort_keys=True)})
+    durable.seal(folder)
+    opened = sm.load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), model.parameters(), strict=True))
