@@ -1,8 +1,9 @@
 """The delta checkpoint: only what training changed, and the identity of the base that it belongs to.
 
 Three files: `sparsmith_delta.safetensors` (every method's `state`), PEFT's `adapter_model.safetensors` with
-`adapter_config.json` where there is a LoRA, and `sparsmith.json`. The header of the first repeats the settings of the
-last: some settings (scale, top-k, activation) change the function but no shape, and an edit of them must not pass.
+`adapter_config.json` where there is a LoRA (under names of our own where PEFT would open it and drop the rest), and
+`sparsmith.json`. The header of the first repeats the settings of the last: some settings (scale, top-k, activation) change
+the function but no shape, and an edit of them must not pass.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sparsmith import durable
+from sparsmith import anatomy, durable
 from sparsmith.crafting import tensors as strict
 from sparsmith.crafting.identity import Identity, compare, identify, plain, read_identity, write_identity
 from sparsmith.crafting.lora import ADAPTER, lora_parameters
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "sparsmith_delta.safetensors"
 LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""PEFT's names, by which PEFT and transformers open the LoRA alone."""
+_OWN_LORA = ("sparsmith_lora.safetensors", "sparsmith_lora.json")
 _HEADER = "sparsmith"
 _FROZEN = "sparsmith_frozen_hash"
 _PEFT_PREFIX = "base_model.model."
@@ -47,8 +50,9 @@ def write_delta(model: PreTrainedModel, folder: Path) -> Identity:
     identity = identify(model, record, "delta", table, frozen_hash=frozen_hash(model, state))
     strict.write_tensors(folder / WEIGHTS, state, {_HEADER: json.dumps(identity.core(), sort_keys=True)})
     if lora:
-        strict.write_tensors(folder / LORA_WEIGHTS, lora, {})
-        (folder / LORA_CONFIG).write_text(durable.json_text(lora_settings(model)), encoding="utf-8")
+        weights, settings = lora_files(model, state)
+        strict.write_tensors(folder / weights, lora, {})
+        (folder / settings).write_text(durable.json_text(lora_settings(model)), encoding="utf-8")
     write_identity(folder, identity)
     return identity
 
@@ -86,11 +90,12 @@ def fill_delta(model: PreTrainedModel, folder: Path, identity: Identity | None =
     theirs = [plain(config.model_dump(mode="json")) for config in identity.method_configs(str(folder))]
     compare(f"{folder}: configs", theirs, ours, "Craft the model with the checkpoint's configs.")
     state, lora = method_state(model), lora_state(model)
-    _check_lora_settings(model, folder, bool(lora))
+    weights, settings = lora_files(model, state)
+    _check_lora_settings(model, durable.inside(folder, settings), bool(lora))
     found = strict.read_tensors(folder / WEIGHTS)
-    found_lora = strict.read_tensors(folder / LORA_WEIGHTS) if lora else {}
+    found_lora = strict.read_tensors(folder / weights) if lora else {}
     strict.fill(f"{folder / WEIGHTS}", state, found)
-    strict.fill(f"{folder / LORA_WEIGHTS}", lora, found_lora)
+    strict.fill(f"{folder / weights}", lora, found_lora)
     _check_landed(model, found)
 
 
@@ -112,6 +117,15 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
         _PEFT_PREFIX + name.replace(f".{ADAPTER}.", ".", 1): parameter.detach()
         for name, parameter in lora_parameters(model)
     }
+
+
+def lora_files(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, str]:
+    """Names of the LoRA's weights and settings.
+
+    A model of a stock class whose norm or head trained too would open in PEFT without them, as another function and in silence: there
+    the names are ours. A model of a class of ours does not open in PEFT at all.
+    """
+    return _OWN_LORA if state and anatomy.base_of(model) is model else (LORA_WEIGHTS, LORA_CONFIG)
 
 
 def lora_settings(model: nn.Module) -> dict[str, Any]:
@@ -149,8 +163,7 @@ def role_of(model: nn.Module) -> dict[str, str]:
     return {name: role for table in tables for role, rows in table.items() for name, _ in rows}
 
 
-def _check_lora_settings(model: nn.Module, folder: Path, wanted: bool) -> None:
-    file = durable.inside(folder, LORA_CONFIG)
+def _check_lora_settings(model: nn.Module, file: Path, wanted: bool) -> None:
     if file.is_file() != wanted:
         shown = ("no LoRA", "a LoRA")
         raise CheckpointMismatch(str(file), shown[file.is_file()], shown[wanted], _EDITED)

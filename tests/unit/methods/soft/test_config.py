@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, safe_open, save_file
+from transformers import AutoModelForCausalLM
 
 import sparsmith as sm
 from sparsmith import durable
@@ -107,3 +109,24 @@ def test_a_delta_without_a_key_that_came_later_opens(tmp_path):
     durable.seal(folder)
     opened = sm.load(folder)
     assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers by an old name
+@pytest.mark.parametrize("train_norm", [True, False])
+def test_peft_opens_a_delta_only_where_it_would_see_all_of_it(tmp_path, train_norm):
+    base = save_base(tmp_path / "base", num_hidden_layers=4)
+    settings = config(tune="lora", lora={"r": 4, "dropout": 0.0}, train_norm=train_norm)
+    model = sm.craft(sm.load_base(ModelSettings(path=str(base))), settings, inplace=True, proof=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    folder, wanted = sm.save(model, tmp_path / "delta"), model.eval()(pico_ids()).logits
+    assert torch.equal(sm.load(folder)(pico_ids()).logits, wanted)
+    if train_norm:
+        with pytest.raises(ValueError, match="adapter_config"):
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    else:
+        opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        assert (opened.eval()(pico_ids()).logits - wanted).abs().max() < 1e-5
