@@ -56,8 +56,8 @@ class SoftConfig(MethodConfig):
 
     method: Literal["soft"] = "soft"
     preset: Literal["paper", "keep_full"] | None = None
-    """A set of settings by name: `paper` = Eq. 1, the defaults; `keep_full` = the best of our trials, for a base that is tuned already:
-    trunk frozen, KL of weight 0.5. Settings beside it count more."""
+    """A set of settings by name: `paper` = Eq. 1, the defaults; `keep_full` = of our trials the one whose full depth loses nothing, for a
+    base that is tuned already: trunk frozen, KL of weight 0.5. Settings beside it count more."""
     exits: tuple[Annotated[int, Field(ge=1)], ...] | Literal["auto", "paper"] = "auto"
     """Depths in blocks; the full depth must be one. `auto` = N/4, 3N/8, ... N; `paper` = 3N/10, 4N/10, ... N."""
     weights: Literal["uniform", "linear", "sum_l", "full_boost"] = "uniform"
