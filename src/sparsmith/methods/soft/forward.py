@@ -8,8 +8,8 @@ Shapes: B rows, S tokens, D hidden, P labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -97,7 +97,8 @@ def tail_states(
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Exits with a block of their own on a frozen trunk.
 
-    Every exit block is called as the trunk's next block is: with the same hidden state, mask and rotary positions.
+    Every exit block is called as the trunk's next block is: with the same hidden state, mask and rotary positions. The trunk runs as it
+    will when the model writes, without dropout.
 
     Returns:
         depth -> (P, D) after block and norm, with gradients into the block alone; and the full depth's (P, D), where asked for.
@@ -119,6 +120,7 @@ def tail_states(
         decoder = views.backbone_of(model, [blocks[i] for i in run], run, embeds=True)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_at_rest(decoder))
         for n in depths:
             stack.callback(blocks[n].register_forward_pre_hook(take(n), with_kwargs=True).remove)
         output = decoder(**inputs_of(batch), use_cache=False).last_hidden_state
@@ -130,6 +132,19 @@ def tail_states(
     own = norm.forward
     normed = called_once(norm, lambda *hidden: tuple(own(one) for one in hidden), *raw)
     return dict(zip(depths, normed)), select(output) if full else None
+
+
+@contextmanager
+def _at_rest(module: nn.Module) -> Iterator[None]:
+    """Every part in evaluation mode, and afterwards as it was."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _as_float(value: Any) -> Any:

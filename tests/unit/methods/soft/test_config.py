@@ -12,10 +12,12 @@ from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM
 
 import sparsmith as sm
-from sparsmith import durable
+from sparsmith import anatomy, durable
 from sparsmith.crafting.slices import at_depth
 from sparsmith.errors import MethodError
+from sparsmith.methods.base import Batch
 from sparsmith.methods.soft.config import PRESETS
+from sparsmith.methods.soft.forward import labelled, tail_states
 from sparsmith.recipe.schema import ModelSettings
 from sparsmith.training import Objective
 from tests.kit.checkpoints import DELTA, IDENTITY, edit_json, save_base
@@ -130,3 +132,15 @@ def test_peft_opens_a_delta_only_where_it_would_see_all_of_it(tmp_path, train_no
     else:
         opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
         assert (opened.eval()(pico_ids()).logits - wanted).abs().max() < 1e-5
+
+
+def test_a_frozen_trunk_runs_without_its_dropout():
+    model = sm.craft(
+        pico_model("gpt2", n_layer=4, resid_pdrop=0.5, embd_pdrop=0.5), config(trunk="frozen"), inplace=True
+    )
+    batch = Batch(pico_ids(), pico_ids(), torch.ones_like(pico_ids(), dtype=torch.bool))
+    select, _ = labelled(batch)
+    flags = [module.training for module in model.train().modules()]
+    _, full = tail_states(model, batch, [1, 3], select, True)
+    assert [module.training for module in model.modules()] == flags and all(flags)
+    assert torch.equal(full, select(anatomy.backbone(model.eval())(pico_ids()).last_hidden_state))
