@@ -31,7 +31,7 @@ def gradients(
     return loss.item(), {n: zero if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("weights", ["uniform", "sum_l"])
+@pytest.mark.parametrize("weights", ["uniform", "linear"])
 @pytest.mark.parametrize("schedule, draws", [("sampled", 4), ("sandwich", 3)])
 def test_the_mean_over_all_draws_is_all(schedule, draws, weights, monkeypatch):
     """Spec test 5: enumerated, not sampled."""
