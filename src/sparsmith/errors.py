@@ -99,6 +99,18 @@ class TiedHeadError(MethodError):
     """A head that shall train apart from the embeddings it is tied to."""
 
 
+class TargetUnreachable(MethodError):
+    """A size that the gates asked for cannot bring about."""
+
+
+class LayoutMismatch(MethodError):
+    """A form of export that the settled model does not have."""
+
+
+class ScheduleTooShort(MethodError):
+    """Too few steps, or too small a learning rate, for a gate to close."""
+
+
 class CheckpointError(SparsmithError):
     """A checkpoint that is damaged, incomplete or not ours."""
 
@@ -125,6 +137,10 @@ class RoleDidNotMove(ProofError):
 
 class GuardFailed(ProofError):
     """The full model lost more to its control than the guard allows. Everything was saved and reported before."""
+
+
+class ExportMismatch(ProofError):
+    """An exported folder that computes something else than the settled model."""
 
 
 class EnvironmentFault(SparsmithError):

@@ -44,23 +44,54 @@ class Anatomy:
     """True where linears hold their weight transposed (GPT-2's Conv1D)."""
     attention_bias: Literal["none", "config", "qkv", "all"] = "none"
     ffn_bias: Literal["none", "config", "all"] = "none"
+    head_counts: Literal["any", "divides", "fixed"] = "fixed"
+    """How many heads a checkpoint of the family may have: any number (`head_dim` stands in the config), a divisor of the hidden size, or
+    hidden size / head size and no other."""
+    attention_out_norm: str = ""
+    """In a block: the norm between the attention and the residual stream, where there is one."""
+    ffn_out_norm: str = ""
+    """In a block: the norm between the FFN and the residual stream, where there is one."""
 
 
 _ROWS: list[Anatomy] = [
-    Anatomy(model_types=("llama",), attention_bias="config", ffn_bias="config"),
-    Anatomy(model_types=("mistral",)),
-    Anatomy(model_types=("qwen2",), attention_bias="qkv"),
-    Anatomy(model_types=("qwen3",), attention_bias="config", qk_norm="head"),
-    Anatomy(model_types=("gemma2",), attention_bias="config", post_ffn_norm=True, norms_per_block=4),
+    Anatomy(model_types=("llama",), attention_bias="config", ffn_bias="config", head_counts="divides"),
+    Anatomy(model_types=("mistral",), head_counts="any"),
+    Anatomy(model_types=("qwen2",), attention_bias="qkv", head_counts="any"),
+    Anatomy(model_types=("qwen3",), attention_bias="config", qk_norm="head", head_counts="any"),
     Anatomy(
-        model_types=("gemma3_text",), attention_bias="config", post_ffn_norm=True, norms_per_block=4, qk_norm="head"
+        model_types=("gemma2",),
+        attention_bias="config",
+        post_ffn_norm=True,
+        norms_per_block=4,
+        head_counts="divides",
+        attention_out_norm="post_attention_layernorm",
+        ffn_out_norm="post_feedforward_layernorm",
     ),
-    Anatomy(model_types=("olmo2",), attention_bias="config", ffn_reads="residual", post_ffn_norm=True, qk_norm="full"),
+    Anatomy(
+        model_types=("gemma3_text",),
+        attention_bias="config",
+        post_ffn_norm=True,
+        norms_per_block=4,
+        qk_norm="head",
+        head_counts="divides",
+        attention_out_norm="post_attention_layernorm",
+        ffn_out_norm="post_feedforward_layernorm",
+    ),
+    Anatomy(
+        model_types=("olmo2",),
+        attention_bias="config",
+        ffn_reads="residual",
+        post_ffn_norm=True,
+        qk_norm="full",
+        attention_out_norm="post_attention_layernorm",
+        ffn_out_norm="post_feedforward_layernorm",
+    ),
     Anatomy(
         model_types=("phi3",),
         attention_linears=("qkv_proj", "o_proj"),
         ffn_linears=("gate_up_proj", "down_proj"),
         ffn_kind="fused_gated",
+        head_counts="any",
     ),
     Anatomy(
         model_types=("gpt_neox",),

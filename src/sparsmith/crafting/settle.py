@@ -62,6 +62,10 @@ class SettleReport:
     """Unmerged (on dequantised weights) against merged."""
     dequantise: Drift | None = None
     """NF4 kernels (bf16 compute) against the dequantised weights: the part that is not the merge's."""
+    removed: int = 0
+    """Parameters that were deleted."""
+    prune: Drift | None = None
+    """Closed units held at 0 against the model without them."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,13 +110,20 @@ def settle(
     middle = probe_logits(settled, seed) if count else before
     merged = merge_lora(settled)
     after = probe_logits(settled, seed) if merged else middle
+    held = sum(p.numel() for p in settled.parameters())
+    for method, config in record.parts:
+        settled = cast("PreTrainedModel", method.prune(settled, config))
+    removed = held - sum(p.numel() for p in settled.parameters())
     report = SettleReport(
         merged=merged,
         dequantised=count,
         merge=_drift(middle, after) if merged else None,
         dequantise=_drift(before, middle) if count else None,
+        removed=removed,
+        prune=_drift(after, probe_logits(settled, seed)) if removed else None,
     )
-    _check(report, settled)
+    for drift, what in ((report.merge, "the LoRA is merged"), (report.prune, "closed units are deleted")):
+        _check(drift, what, settled)
     object.__setattr__(settled, "sparsmith", record)
     object.__setattr__(settled, _SETTLED, report)
     return settled
@@ -248,15 +259,14 @@ def _drift(before: Tensor | None, after: Tensor | None) -> Drift | None:
     return Drift((after - before).abs().max().item(), before.abs().max().item(), kl.item())
 
 
-def _check(report: SettleReport, model: nn.Module) -> None:
-    drift = report.merge
+def _check(drift: Drift | None, what: str, model: nn.Module) -> None:
     if drift is None:
         return
     limit = max(_TOLERANCE.get(p.dtype, 1e-4) for p in model.parameters() if p.is_floating_point())
     if not drift.max_logit_difference <= limit * max(1.0, drift.largest_logit):
         raise ProofError(
             "settle",
-            f"logits that move by {drift.max_logit_difference:.3e} when the LoRA is merged",
+            f"logits that move by {drift.max_logit_difference:.3e} when {what}",
             f"at most {limit:g} of the largest logit",
-            "Keep the delta checkpoint and report this; do not export the merged model.",
+            "Keep the delta checkpoint and report this; do not export the settled model.",
         )

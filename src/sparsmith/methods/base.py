@@ -181,6 +181,14 @@ class Method:
         """Names of the terms that the config asks for: each must be there, finite and with a gradient."""
         return ()
 
+    def rates(self, config: Any) -> Mapping[str, float]:
+        """Role -> a learning rate of its own, without weight decay; other roles have the run's."""
+        return {}
+
+    def still_until(self, config: Any, total_steps: int) -> int:
+        """The step, counted from 0, from which on every role of the method is bound to move; before it some may stand still."""
+        return 0
+
     def leaves_idle(self, config: Any) -> bool:
         """True where a step may leave a trained tensor without a gradient (a depth that is not run): DDP must then look for such
         tensors, which costs a walk through the graph in every step, and FSDP cannot be used."""
@@ -237,6 +245,10 @@ class Method:
 
     def settle(self, model: nn.Module, config: Any) -> nn.Module:
         """Make soft choices hard, in place."""
+        return model
+
+    def prune(self, model: nn.Module, config: Any) -> nn.Module:
+        """Delete what settling has closed. Called after every method has settled and the LoRA is merged, so that weights are plain."""
         return model
 
     def state(self, model: nn.Module, config: Any) -> dict[str, Tensor]:

@@ -12,6 +12,10 @@ from sparsmith.methods.base import Method, MethodConfig
 # name -> "module:attribute" of the method and of its settings; loaded when first asked for, because layers import torch
 _BUILT_IN: dict[str, tuple[str, str]] = {
     "pesc": ("sparsmith.methods.pesc.method:PESC", "sparsmith.methods.pesc.config:PescConfig"),
+    "finegates": (
+        "sparsmith.methods.finegates.method:FINEGATES",
+        "sparsmith.methods.finegates.config:FineGatesConfig",
+    ),
     "soft": ("sparsmith.methods.soft.method:SOFT", "sparsmith.methods.soft.config:SoftConfig"),
 }
 _EXTRA: dict[str, Method] = {}

@@ -25,6 +25,7 @@ from sparsmith.training.callbacks.health import Health
 from sparsmith.training.callbacks.proof import RolesMove
 from sparsmith.training.callbacks.saving import Saving
 from sparsmith.training.callbacks.streams import Streams
+from sparsmith.training.groups import own_rates
 from sparsmith.training.objective import Objective
 from sparsmith.training.saves import folder_of, latest, prune, step_of
 from sparsmith.training.state import TREE, parameter_names, read_state, state_bytes, write_state, write_tree
@@ -142,6 +143,12 @@ class Tuner(Trainer):
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """accelerate wraps the forward of a model in autocast, but not where it shards it."""
         return self.accelerator.autocast() if self.sharded else super().autocast_smart_context_manager(cache_enabled)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The Trainer's own; roles with a rate of their own are groups of their own, without weight decay."""
+        optimizer = super().create_optimizer(model)
+        own_rates(optimizer, self.crafted, self.parts)
+        return optimizer
 
     def compute_loss(
         self,

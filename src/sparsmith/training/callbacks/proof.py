@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sparsmith.crafting.apply import check_roles, trained_roles
+from sparsmith.crafting.record import record_of
 from sparsmith.errors import RoleDidNotMove
 from sparsmith.ops.shards import is_sharded, part, squared_norms
 
@@ -29,20 +30,22 @@ class RolesMove(TrainerCallback):
         self._proven = proven
         self._steps = steps
         self._start: dict[str, list[tuple[str, torch.Tensor]]] = {}
-        self._start_step = 0
+        self._start_step = self._still_until = 0
         self.counts: dict[str, int] = {}
         self.result: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.counts = check_roles(self._model)
         self._start_step = state.global_step
+        parts = record_of(self._model).parts
+        self._still_until = max((m.still_until(config, state.max_steps) for m, config in parts), default=0)
         self._start = {
             role: [(name, _sample(parameter).clone()) for name, parameter in tensors]
             for role, tensors in trained_roles(self._model).items()
         }
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._start and state.global_step - self._start_step >= self._steps:
+        if self._start and state.global_step - max(self._start_step, self._still_until) >= self._steps:
             self._prove(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
