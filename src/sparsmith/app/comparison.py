@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class Asked:
     ict_share: float | None = None
     extracted_steps: str | None = None
     verdicts: str | Path | None = None
+    targets: Sequence[float] | None = None
     console: Console | None = None
 
 
@@ -82,6 +83,17 @@ def _soft(asked: Asked) -> Any:
     return compare(loaded, named, choices, out, cells.tune_or_read, cells.measure, verdicts)
 
 
+def _finegates(asked: Asked) -> Any:
+    from sparsmith.protocols.finegates import ARMS, Choices, compare
+
+    loaded = load_recipe(asked.recipe, asked.overrides)
+    named = dict(_named(asked, text) for text in asked.named or ())
+    choices = Choices(arms=tuple(asked.arms or ARMS), seeds=tuple(_seeds(asked)))
+    if asked.targets is not None:
+        choices = replace(choices, targets=tuple(asked.targets))
+    return compare(loaded, named, choices, Path(loaded.output).absolute(), _Cells(asked.console).tune_or_read)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """One row of the table below."""
@@ -92,10 +104,11 @@ class Protocol:
 
 
 PROTOCOLS = {
+    "finegates": Protocol(_finegates, ("seeds", "arms", "named", "targets")),
     "pesc": Protocol(_pesc, ("seeds", "controls")),
     "soft": Protocol(_soft, ("seeds", "arms", "named", "ict_share", "extracted_steps", "verdicts")),
 }
-_OPTIONS = ("seeds", "controls", "arms", "named", "ict_share", "extracted_steps", "verdicts")
+_OPTIONS = ("seeds", "controls", "arms", "named", "ict_share", "extracted_steps", "verdicts", "targets")
 
 
 def _flag(field: str) -> str:

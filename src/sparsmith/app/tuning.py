@@ -385,23 +385,22 @@ class _Session:
         from sparsmith.crafting.record import record_of
         from sparsmith.methods.base import Method
 
-        # a method that is not told of its batches has nothing to tell of them, and one pass over the rows is saved
-        told = [
-            part for part in record_of(self.model).parts if type(part[0]).before_forward is not Method.before_forward
-        ]
-        if not self.data.eval or not told:
-            return {}
         parts = record_of(self.model).parts
-        for method, config in parts:
-            method.metrics(self.model, config)  # empties the window
-
-        def before_forward(batch: Any) -> None:
+        # a method that is not told of its batches has nothing to tell of them, and one pass over the rows is saved
+        told = [m for m, _ in parts if m.reads_batches and type(m).before_forward is not Method.before_forward]
+        if self.data.eval and told:
             for method, config in parts:
-                method.before_forward(self.model, config, batch)
+                method.metrics(self.model, config)  # empties the window
 
-        self._evaluate(self.model, metrics=["loss"], resamples=1, on_batch=before_forward)
+            def before_forward(batch: Any) -> None:
+                for method, config in parts:
+                    method.before_forward(self.model, config, batch)
+
+            self._evaluate(self.model, metrics=["loss"], resamples=1, on_batch=before_forward)
         tables = {}
         for method, config in parts:
+            if method.reads_batches and not self.data.eval:
+                continue
             method.after_forward(self.model, config)
             figures = method.metrics(self.model, config)
             nested = {k.removeprefix("table/"): v for k, v in figures.items() if k.startswith("table/")}

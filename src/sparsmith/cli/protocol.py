@@ -13,18 +13,25 @@ Names = str | None
 
 
 def protocol(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The comparison: pesc or soft.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The comparison: pesc, finegates or soft.")],
     recipe: RecipeFile,
     overrides: Overrides = None,
     seeds: Annotated[Names, typer.Option(help="Whole numbers, comma-separated; absent = 0,1,2.")] = None,
     controls: Annotated[Names, typer.Option(help="pesc: names, comma-separated; absent = all.")] = None,
-    arms: Annotated[Names, typer.Option(help="soft: of sft,ict,extracted,soft; absent = all.")] = None,
+    arms: Annotated[
+        Names,
+        typer.Option(
+            help="soft: of sft,ict,extracted,soft; finegates: of finegates,flap_like,magnitude,random,lora; absent = all."
+        ),
+    ] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SETTINGS", help="soft: one more arm, NAME=key=value,key=value.")
+        list[str] | None,
+        typer.Option(metavar="NAME=SETTINGS", help="soft, finegates: one more arm, NAME=key=value,key=value."),
     ] = None,
     ict_share: Annotated[float | None, typer.Option(help="soft: steps of ICT over those of SFT.")] = None,
     extracted_steps: Annotated[Names, typer.Option(help="soft: equal (to SoFT's steps) or compute.")] = None,
     verdicts: Annotated[Names, typer.Option(help="soft: JSONL with a judge's verdicts.")] = None,
+    targets: Annotated[Names, typer.Option(help="finegates: shares that remain; absent = 0.9,0.8,0.7,0.6,0.5.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -42,6 +49,7 @@ def protocol(
         ict_share=ict_share,
         extracted_steps=extracted_steps,
         verdicts=verdicts,
+        targets=_shares(targets),
     )
     SCREEN.show(result)
 
@@ -57,3 +65,12 @@ def _numbers(text: str | None) -> list[int] | None:
         return None if text is None else [int(word) for word in _words(text) or ()]
     except ValueError:
         raise UsageError("--seeds", f"`{text}`", "whole numbers", "Write --seeds 0,1,2.") from None
+
+
+def _shares(text: str | None) -> list[float] | None:
+    from sparsmith.errors import UsageError
+
+    try:
+        return None if text is None else [float(word) for word in _words(text) or ()]
+    except ValueError:
+        raise UsageError("--targets", f"`{text}`", "numbers", "Write --targets 0.8,0.6.") from None

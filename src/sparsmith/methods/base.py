@@ -148,6 +148,8 @@ class Method:
     config_class: ClassVar[type[MethodConfig]]
     owns_objective: ClassVar[bool] = False
     """True where the method computes the task loss itself; at most one of a composition may."""
+    reads_batches: ClassVar[bool] = True
+    """False where `metrics` says nothing of the rows that ran, so that a run need not measure its evaluation rows for them."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method's name -> why the two cannot be combined."""
 

@@ -269,7 +269,8 @@ def compare(
 
 def write(comparison: SoftComparison, out: Path) -> None:
     """`comparison.json`, `comparison.md` and `comparison.svg`."""
-    from sparsmith.protocols.soft_figure import loss_by_depth, svg_file
+    from sparsmith.protocols.soft_figure import loss_by_depth
+    from sparsmith.reporting.plots import svg_file
 
     write_json(out / "comparison.json", comparison.as_dict())
     write_text(out / "comparison.md", comparison.markdown())

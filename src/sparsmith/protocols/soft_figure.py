@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import StringIO
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
@@ -39,11 +38,3 @@ def loss_by_depth(comparison: SoftComparison) -> Figure:
         axis.set_ylabel("held-out loss, nats per token")
         figure.legend(loc="outside upper left", ncols=len(comparison.arms))
     return figure
-
-
-def svg_file(figure: Figure) -> str:
-    """The figure as the text of an SVG file that is the same for the same figures."""
-    text = StringIO()
-    with style():
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()

@@ -108,7 +108,7 @@ def _read(root: Path, name: str) -> Run:
                 "Give the folder of a finished run (`sparsmith tune` ends it).",
             )
     recipe_text = folder.recipe.read_text(encoding="utf-8")
-    points = _lines(folder.metrics)
+    points = points_of(folder.metrics)
     return Run(
         name=name,
         recipe_text=recipe_text,
@@ -146,7 +146,7 @@ def _recipe(path: Path, text: str) -> dict[str, Any]:
     return recipe
 
 
-def _lines(path: Path) -> Points:
+def points_of(path: Path) -> Points:
     """The points in the order of their steps; of a step written twice (a resumed run) the later one counts."""
     points: dict[tuple[int, bool], dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

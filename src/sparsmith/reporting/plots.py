@@ -76,6 +76,14 @@ def style() -> Any:
     return rc_context(_STYLE)  # type: ignore[arg-type]
 
 
+def svg_file(figure: Figure) -> str:
+    """The figure as the text of an SVG file that is the same for the same figures."""
+    text = StringIO()
+    with style():
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
 def svg(figure: Figure, label: str = "") -> str:
     """The figure as an SVG element for a page: no prologue, no metadata, as wide as its column."""
     text = StringIO()

@@ -60,7 +60,9 @@ def choose(model: nn.Module, config: FineGatesConfig, seed: int = 42) -> Choice:
         groups = [_top(o["groups"], groups_each) if gated else tuple(range(shape.kv_heads)) for o in order]
         units = [_top(o["units"], width) if "units" in o else tuple(range(shape.ffn_width)) for o in order]
     else:
-        groups = [_open_of(site, "groups", o) if gated else tuple(range(shape.kv_heads)) for site, o in zip(blocks, order)]
+        groups = [
+            _open_of(site, "groups", o) if gated else tuple(range(shape.kv_heads)) for site, o in zip(blocks, order)
+        ]
         units = _global_units(config, sizes, scores, order, groups, heads_each, attention_open, ffn_open)
     heads = [_heads(o.get("heads"), g, per_group, heads_each) for o, g in zip(order, groups)]
     return Choice(tuple(units), tuple(groups), tuple(heads), attention_open, ffn_open)
@@ -188,13 +190,19 @@ def _global_units(
         return [tuple(range(sizes.units)) for _ in order]
     unit, least = unit_of(config, sizes.units), config.settle.min_keep
     spent = sizes.outside + sum(ffn_open) * sizes.ffn_rest
-    spent += sum(sizes.costs.attention(len(g), len(g) * heads_each) + sizes.attention_rest for g, on in zip(groups, attention_open) if on)
+    spent += sum(
+        sizes.costs.attention(len(g), len(g) * heads_each) + sizes.attention_rest
+        for g, on in zip(groups, attention_open)
+        if on
+    )
     room = int((config.target * sizes.costs.base - spent) / (sizes.costs.unit * unit))
     chunks = []
     for layer, (score, places) in enumerate(zip(scores, order)):
         if ffn_open[layer]:
             values = score["units"][places["units"]]
-            chunks += [(-part.mean().item(), layer, n) for n, part in enumerate(values.split(unit)) if len(part) == unit]
+            chunks += [
+                (-part.mean().item(), layer, n) for n, part in enumerate(values.split(unit)) if len(part) == unit
+            ]
     forced = [chunk for chunk in chunks if chunk[2] < least]
     free = sorted(chunk for chunk in chunks if chunk[2] >= least)
     if room < len(forced):
@@ -208,4 +216,3 @@ def _global_units(
     for _, layer, _ in forced + free[: room - len(forced)]:
         width[layer] += unit
     return [_top(places["units"], n) for places, n in zip(order, width)]
-

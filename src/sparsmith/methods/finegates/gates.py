@@ -243,17 +243,23 @@ def sites(model: nn.Module) -> list[Site]:
         ffn = getattr(ffn, "ffn", ffn)  # inside what another method has put around it
         last_ffn = getattr(ffn, row.ffn_linears[-1], None)
         last_attention = getattr(attention, row.attention_linears[-1], None)
-        norms = [getattr(block, name, None) if name else None for name in (row.ffn_out_norm, row.attention_out_norm)]
+        ffn_norm, attention_norm = (_gated_norm(block, name) for name in (row.ffn_out_norm, row.attention_out_norm))
         found.append(
             Site(
                 last_ffn if isinstance(last_ffn, GatedFFN) else None,
                 last_attention if isinstance(last_attention, GatedAttention) else None,
-                *(norm if isinstance(norm, GatedNorm) else None for norm in norms),
+                ffn_norm,
+                attention_norm,
                 ffn,
                 attention,
             )
         )
     return found
+
+
+def _gated_norm(block: nn.Module, name: str) -> GatedNorm | None:
+    found = getattr(block, name, None) if name else None
+    return found if isinstance(found, GatedNorm) else None
 
 
 def gates_of(model: nn.Module) -> list[tuple[str, Gate]]:
@@ -272,8 +278,8 @@ def state_of(model: nn.Module) -> GateState | None:
 
 @torch.no_grad()
 def draw_noise(model: nn.Module, sigma: float) -> None:
-    """One draw for every gate of this micro-batch, from a stream of (seed, step, micro-batch, rank): resuming needs no generator, recomputed
-    activations see the same draw, and nobody else's numbers move."""
+    """One draw for every gate of this micro-batch, from a stream of (seed, step, micro-batch, rank): resuming needs no generator,
+    recomputed activations see the same draw, and nobody else's numbers move."""
     state = state_of(model)
     if state is None:
         return

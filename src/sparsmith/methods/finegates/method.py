@@ -41,6 +41,7 @@ class FineGatesMethod(Method):
     title: ClassVar[str] = "FineGates: learned gates cut the model to size"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.12951"
     config_class: ClassVar[type[MethodConfig]] = FineGatesConfig
+    reads_batches: ClassVar[bool] = False
 
     # what it is
 
@@ -52,7 +53,7 @@ class FineGatesMethod(Method):
             return model
         if anatomy.base_of(model) is model:
             anatomy.probe(model)
-        planning.check(config, anatomy.anatomy_of(model), anatomy.shape_of(model.config))  # type: ignore[arg-type]
+        planning.check(config, anatomy.anatomy_of(model), anatomy.shape_of(model.config))
         graft(model, config, context.seed)
         return model
 
@@ -123,7 +124,7 @@ class FineGatesMethod(Method):
             return {}
         if not state.learning:  # before and after, the term is there and has nothing to say
             held = torch.stack([gate.values().mean() for _, gate in gates_of(model)]).mean()
-            return {name: LossTerm(held, 0.0) for name in self.wanted_terms(config)}
+            return {name: LossTerm(0.0 * held, 0.0) for name in self.wanted_terms(config)}
         excess = expected_share(model, config, state.sigma) - state.aim
         terms = {"budget": LossTerm(budget_loss(excess, state.dual, config.dual.quad), 1.0)}
         if config.gates.polarise:
@@ -221,4 +222,3 @@ def _mask(kept: tuple[int, ...], gate: Gate) -> Tensor:
 
 
 FINEGATES = FineGatesMethod()
-

@@ -89,7 +89,9 @@ def _notes(
     if width % 256:
         notes.append(f"FFN width {width} is no multiple of 256: llama.cpp's K-quants fall back to larger types there")
     if scores:
-        notes.append(f"attention scores cost {scores * shape.layers:,} FLOPs less per attended token, not counted above")
+        notes.append(
+            f"attention scores cost {scores * shape.layers:,} FLOPs less per attended token, not counted above"
+        )
     if config.baseline:
         notes.append(f"baseline {config.baseline}: a rival's choice in place of learned gates")
     return tuple(notes)

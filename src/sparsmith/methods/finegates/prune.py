@@ -86,7 +86,7 @@ class _Cut:
             if norm is not None:
                 _release_norm(block, name, norm)
 
-    def _cut_ffn(self, parent: nn.Module, linear: nn.Module, scale: Tensor, row: Anatomy) -> None:
+    def _cut_ffn(self, parent: Any, linear: nn.Module, scale: Tensor, row: Anatomy) -> None:
         units = self.units.to(scale.device)
         take_columns(linear, units, scale)
         full = self.full.ffn_width
@@ -138,7 +138,11 @@ def take_columns(linear: nn.Module, columns: Tensor, scale_C: Tensor) -> None:
 
 def set_heads(attention: Any, heads: int, groups: int) -> None:
     """The counts that an attention module keeps as attributes, and those that it reads from its config."""
-    for name, value in (("num_heads", heads), ("num_key_value_heads", groups), ("num_key_value_groups", heads // groups)):
+    for name, value in (
+        ("num_heads", heads),
+        ("num_key_value_heads", groups),
+        ("num_key_value_groups", heads // groups),
+    ):
         if hasattr(attention, name):
             setattr(attention, name, value)
     config = getattr(attention, "config", None)

@@ -1,10 +1,10 @@
 """Scores of units that no gate has learned: the rivals', and the start that learning may be given.
 
-    magnitude    norm of a unit's column outward times the norm of its rows inward
-    flap_like    variance of the unit's input times the squared norm of its column, standardised over the layer (after FLAP,
-                 arXiv 2312.11983; without its bias, which stock classes have no place for)
-    random       a draw from the stream `finegates.random`
-    pull         the gates' own squared task gradient, summed while they are open (the empirical Fisher information)
+magnitude    norm of a unit's column outward times the norm of its rows inward
+flap_like    variance of the unit's input times the squared norm of its column, standardised over the layer (after FLAP,
+             arXiv 2312.11983; without its bias, which stock classes have no place for)
+random       a draw from the stream `finegates.random`
+pull         the gates' own squared task gradient, summed while they are open (the empirical Fisher information)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RANDOM = "finegates.random"
 def plain_weight(linear: nn.Module) -> Tensor:
     """(outputs, inputs) float32 of a linear, a LoRA's base, a 4-bit one or a Conv1D."""
     linear = getattr(linear, "base_layer", linear)
-    weight = linear.weight.detach()  # type: ignore[union-attr, operator]
+    weight = linear.weight.detach()  # type: ignore[operator]
     if hasattr(weight, "quant_state"):
         import bitsandbytes.functional as bnb
 
