@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sparsmith.durable import write_text
-from sparsmith.reporting import charts, depths, sections
+from sparsmith.reporting import charts, depths, gates, sections
 from sparsmith.reporting.comparing import compare, several_sets
 from sparsmith.reporting.folder import Run, read_runs
 
@@ -57,8 +57,18 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
         "exits": [(run.name, found) for run in runs if (found := depths.exits(run))],
         "speed": depths.speed_and_quality(runs),
         "speed_tables": [(run.name, tables) for run in runs if (tables := depths.speed_tables(run))],
-        # a run with depths and no router is no run whose router was not measured
-        "routed": bool(health or any(drawn for _, drawn in loads)) or not any(map(depths.depths_of, runs)),
+        "gate_charts": [
+            c for c in (gates.quality_by_size(runs), gates.over_time(runs), gates.size_over_time(runs)) if c
+        ]
+        + [c for run in runs for c in (gates.by_layer(run), gates.folded(run)) if c],
+        "gate_tables": [
+            (run.name, [table for table in (gates.accounting(run), gates.widths(run)) if table])
+            for run in runs
+            if gates.table_of(run)
+        ],
+        # a run with depths or gates and no router is no run whose router was not measured
+        "routed": bool(health or any(drawn for _, drawn in loads))
+        or not any(depths.depths_of(run) or gates.remains_of(run) is not None for run in runs),
     }
     return {
         **shown,
@@ -99,6 +109,7 @@ def _contents(shown: dict[str, Any]) -> list[tuple[str, str, bool]]:
         ("depths", "Every depth", bool(shown["by_depth"] or shown["depth_tables"])),
         ("exits", "Where tokens leave", bool(shown["exits"])),
         ("speed", "Speed", bool(shown["speed"] or shown["speed_tables"])),
+        ("gates", "Gates and size", bool(shown["gate_charts"] or shown["gate_tables"])),
         ("learning", "How it learned", True),
         ("health", "Router health", shown["routed"]),
         ("load", "Expert load", shown["routed"]),

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from sparsmith.methods.finegates.config import FineGatesConfig
-from sparsmith.methods.finegates.gates import Gate, state_of
+from sparsmith.methods.finegates.gates import Gate, gates_of, state_of
 from sparsmith.methods.finegates.size import expected_share, kept_share, tables_of
 from sparsmith.ops.gates import SHIFT, gate_values
 
 _CLOSED, _SOFT, _OPEN = range(3)
+_BINS = 10
 
 
 @torch.no_grad()
@@ -30,6 +31,7 @@ def read(model: nn.Module, config: FineGatesConfig) -> dict[str, Any]:
     settled = bool(next(iter(tables_of(model, lambda gate: gate.settled).values()))[0])
     if settled:
         found["remains"] = kept_share(model, config)
+        found["table/scales"] = scale_histogram(model)
     elif config.learned and float(state.sigma) > 0:
         found["remains"] = float(expected_share(model, config, state.sigma))
         found["aim"], found["dual"] = float(state.aim), float(state.dual)
@@ -40,6 +42,14 @@ def read(model: nn.Module, config: FineGatesConfig) -> dict[str, Any]:
     for kind, table in counts.items():
         found[f"table/{kind}"] = table.tolist()
     return found
+
+
+@torch.no_grad()
+def scale_histogram(model: nn.Module) -> list[tuple[float, float, int]]:
+    """(low, high, count) of the kept gates' values in ten even bins; the last holds 1 itself."""
+    values = torch.cat([gate.folded()[gate.kept].cpu() for _, gate in gates_of(model)])
+    counts = torch.histc(values, bins=_BINS, min=0.0, max=1.0).long().tolist()
+    return [(place / _BINS, (place + 1) / _BINS, count) for place, count in enumerate(counts)]
 
 
 def words(metrics: Mapping[str, Any]) -> str:
