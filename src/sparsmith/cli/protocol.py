@@ -21,7 +21,7 @@ def protocol(
     arms: Annotated[
         Names,
         typer.Option(
-            help="soft: of sft,ict,extracted,soft; finegates: of finegates,flap_like,magnitude,random,lora; absent = all."
+            help="soft: of sft,ict,extracted,soft; finegates: of finegates,importance,flap_like,magnitude,random,lora; absent = all."
         ),
     ] = None,
     arm: Annotated[

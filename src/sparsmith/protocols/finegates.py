@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Tune = Callable[[Recipe, str], Path]
 
 LEARNED, DENSE = "finegates", "lora"
-RIVALS = ("flap_like", "magnitude", "random")
+RIVALS = ("importance", "flap_like", "magnitude", "random")
+"""`importance` is what learning starts from: it tells what learning adds."""
 ARMS = (LEARNED, *RIVALS, DENSE)
 METRICS = ("accuracy", "loss")
 """The first that a run has is what the plot shows."""

@@ -17,7 +17,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Baseline = Literal["flap_like", "magnitude", "random", "lora"]
+Baseline = Literal["importance", "flap_like", "magnitude", "random", "lora"]
 
 
 class GateSettings(StrictModel):
@@ -30,24 +30,35 @@ class GateSettings(StrictModel):
     heads cannot be deleted exactly fall back to `none`, and the plan says why."""
     blocks: bool = False
     """A gate for each attention and FFN sub-block as a whole."""
-    noise_sigma: NonNegative = 0.1
-    """Standard deviation of the training noise; 0 = deterministic gates."""
-    reg_sigma: tuple[Positive, Positive] = (0.5, 0.25)
+    noise_sigma: NonNegative = 0.0
+    """Standard deviation of the training noise (0.1 in the paper); 0 = deterministic gates."""
+    reg_sigma: tuple[Positive, Positive] = (0.25, 0.1)
     """sigma of P(open), from the start to the settling; the paper keeps 0.5."""
+    start: Literal["importance", "level"] = "importance"
+    """`importance`: after `schedule.hold` at the cut, in the order of what each unit moves and of what the task feels of it; `level`: all
+    alike at `init_mu`."""
+    band: Positive = 0.3
+    """Share of the units around the cut that start soft; start importance only."""
     init_mu: Annotated[float, Field(gt=-1, lt=1)] = 0.52
-    """Where mu starts; the paper layout draws its logits from N(1, 0.1^2) instead."""
-    lr: Positive = 1e-2
+    """Where mu starts with start level; the paper layout draws its logits from N(1, 0.1^2) instead."""
+    lr: Positive = 5e-2
     """Learning rate of the gates, with no weight decay."""
     polarise: NonNegative = 0.0
     """Weight of the mean of omega (1 - omega), ramped with the target."""
+
+    def clashes(self) -> Iterable[Clash]:
+        if self.start == "importance":
+            yield from self.without_effect(["init_mu"], "start level")
+        else:
+            yield from self.without_effect(["band"], "start importance")
 
 
 class Schedule(StrictModel):
     """Fractions of all steps: dense until `hold`; the target falls until `warmup`; gates become hard at `settle_at`; then recovery."""
 
-    hold: Share = 0.05
-    warmup: Share = 0.20
-    settle_at: Share = 0.70
+    hold: Share = 0.03
+    warmup: Share = 0.05
+    settle_at: Share = 0.25
 
     def clashes(self) -> Iterable[Clash]:
         if not self.hold <= self.warmup <= self.settle_at:
@@ -114,8 +125,8 @@ class FineGatesConfig(MethodConfig):
     """Train the biases of gated linears. `auto`: in the paper layout with task seq_cls."""
     settle: SettleSettings = SettleSettings()
     baseline: Baseline | None = None
-    """A rival in place of the learned gates, with the same cut, recovery and export: `flap_like`, `magnitude`, `random`; `lora` cuts
-    nothing."""
+    """A rival in place of the learned gates, with the same cut, recovery and export: `importance` (the order that learned gates start
+    from, and no learning), `flap_like`, `magnitude`, `random`; `lora` cuts nothing. It is cut at the end of `schedule.hold`."""
 
     @field_validator("target", mode="after")
     @classmethod
@@ -152,7 +163,7 @@ def _layout_clashes(config: FineGatesConfig) -> Iterable[Clash]:
         return
     needs = "layout structured"
     yield from config.without_effect(["target", "target_of", "target_unit", "dual"], needs)
-    for key in config.gates.changed("ffn", "attention", "blocks", "init_mu", "polarise"):
+    for key in config.gates.changed("ffn", "attention", "blocks", "start", "band", "init_mu", "polarise"):
         yield Clash(f"gates.{key}", "a setting that has no effect here", needs, f"Remove `gates.{key}`.")
     for key in config.settle.changed("scope", "unit", "min_keep", "survivors", "train_scales"):
         yield Clash(f"settle.{key}", "a setting that has no effect here", needs, f"Remove `settle.{key}`.")
@@ -167,7 +178,7 @@ def _baseline_clashes(config: FineGatesConfig) -> Iterable[Clash]:
     if config.baseline is None:
         return
     needs = "learned gates (no baseline)"
-    learning = ("noise_sigma", "reg_sigma", "init_mu", "polarise")
+    learning = ("noise_sigma", "reg_sigma", "start", "band", "init_mu", "polarise")
     for key in config.gates.changed(*learning):
         yield Clash(f"gates.{key}", "a setting that has no effect here", needs, f"Remove `gates.{key}`.")
     yield from config.without_effect(["dual"], needs)

@@ -48,13 +48,12 @@ class Gate(nn.Module):
         self.register_buffer("settled", torch.zeros((), dtype=torch.bool, device=device))
         self.register_buffer("noise", torch.zeros(size, device=device), persistent=False)
         self.register_buffer("pull", torch.zeros(size, device=device))
-        self.watching = False
-        """While True, every backward adds the square of dL/d omega to `pull` (the empirical Fisher information)."""
 
     kept: Tensor
     settled: Tensor
     noise: Tensor
     pull: Tensor
+    """Sum over the tokens that were watched of (dL/d omega)^2, token by token: the diagonal of the empirical Fisher information."""
 
     @property
     def size(self) -> int:
@@ -64,14 +63,7 @@ class Gate(nn.Module):
         """(N,) omega, float32; noise in training mode only."""
         soft = gate_values(self.logit, self.noise if self.training else None)
         hard = self.kept * straight_clamp(self.scale, LOWEST, 1.0)
-        value = torch.where(self.settled, hard, soft)
-        if self.watching and self.training and value.requires_grad:
-            value.register_hook(self._watch)
-        return value
-
-    @torch.no_grad()
-    def _watch(self, gradient: Tensor) -> None:
-        self.pull += gradient.float().square()
+        return torch.where(self.settled, hard, soft)
 
     @torch.no_grad()
     def settle(self, kept: Tensor, reopen: bool) -> None:
@@ -105,7 +97,7 @@ class GatedLinear(nn.Module):
         self.register_buffer("input_square", torch.zeros(channels, device=device))
         self.register_buffer("input_count", torch.zeros((), device=device))
         self.watching = False
-        """While True, sums of the inputs are kept, for scores that ask how much a unit moves."""
+        """While True, sums of the inputs and the gates' gradients are kept, for scores of units that no gate has learned yet."""
 
     input_sum: Tensor
     input_square: Tensor
@@ -120,19 +112,31 @@ class GatedLinear(nn.Module):
         return None
 
     def forward(self, x_BSC: Tensor) -> Tensor:
-        if self.watching and self.training:
-            self._watch(x_BSC.detach())
         gate_C = self.input_gate()
-        y_BSD = self.linear(x_BSC if gate_C is None else x_BSC * gate_C.to(x_BSC.dtype))
+        gated_BSC = x_BSC if gate_C is None else x_BSC * gate_C.to(x_BSC.dtype)
+        if self.watching and self.training:
+            self._watch(x_BSC.detach(), gated_BSC)
+        y_BSD = self.linear(gated_BSC)
         block: Any = self._modules.get("block")
         return y_BSD if block is None else y_BSD * block.values().to(y_BSD.dtype)
 
     @torch.no_grad()
-    def _watch(self, x_BSC: Tensor) -> None:
+    def _watch(self, x_BSC: Tensor, gated_BSC: Tensor) -> None:
         x_TC = x_BSC.reshape(-1, x_BSC.shape[-1]).float()
         self.input_sum += x_TC.sum(0)
         self.input_square += x_TC.square().sum(0)
         self.input_count += x_TC.shape[0]
+        if gated_BSC.requires_grad:
+            gated_BSC.register_hook(lambda gradient: self._pull(x_TC, gradient))
+
+    @torch.no_grad()
+    def _pull(self, x_TC: Tensor, gradient_BSC: Tensor) -> None:
+        """A gate's gradient of one token is the input times its gradient, summed over the gate's channels."""
+        each_TC = x_TC * gradient_BSC.reshape(x_TC.shape).float()
+        for name in ("units", "groups", "heads"):
+            gate: Any = self._modules.get(name)
+            if gate is not None:
+                gate.pull += each_TC.view(len(x_TC), gate.size, -1).sum(-1).square().sum(0)
 
     def input_variance(self) -> Tensor:
         """(C,) of what was watched."""
@@ -194,9 +198,12 @@ class GateState(nn.Module):
         self.register_buffer("dual", torch.zeros((), device=device))
         self.register_buffer("sigma", torch.zeros((), device=device))
         self.register_buffer("aim", torch.ones((), device=device))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=device))
         self.seed, self.step, self.micro, self.rank = seed, 0, 0, 0
         self.learning, self.progress = False, 0.0
 
+    started: Tensor
+    """True once the logits have taken their start from what was watched."""
     dual: Tensor
     """lambda of the budget."""
     sigma: Tensor

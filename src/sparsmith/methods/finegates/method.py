@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsmith import anatomy, ranks
 from sparsmith.errors import ScheduleTooShort
 from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan
-from sparsmith.methods.finegates import health, planning
+from sparsmith.methods.finegates import health, planning, start
 from sparsmith.methods.finegates.choose import choose
 from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.gates import (
@@ -27,7 +27,7 @@ from sparsmith.methods.finegates.gates import (
 from sparsmith.methods.finegates.graft import graft
 from sparsmith.methods.finegates.prune import fold_and_cut
 from sparsmith.methods.finegates.size import aim_at, expected_share, sigma_at, steps_of
-from sparsmith.ops.gates import budget_loss, dual_step, logit_of, ramp, soft_share
+from sparsmith.ops.gates import SHIFT, budget_loss, dual_step, logit_of, ramp, soft_share
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
@@ -83,13 +83,16 @@ class FineGatesMethod(Method):
         if state is None:
             return
         hold, settle_at = steps_of(config, total_steps)
-        if step == 0 and config.learned:
-            check_schedule(config, settle_at - hold)
+        if step == 0:
+            check_schedule(config, hold, settle_at)
         state.step, state.micro, state.rank = step, 0, ranks.rank()
         settled = is_settled(model)
         if not settled and step >= settle_at:
             settle_gates(model, config, state.seed)
             settled = True
+        elif config.learned and config.gates.start == "importance" and step >= hold and not bool(state.started):
+            start.by_importance(model, config)
+            state.started.fill_(True)
         progress = step / max(1, total_steps)
         if config.learned and not settled:
             if step > hold:  # what the last step has left, against what it aimed at
@@ -99,9 +102,7 @@ class FineGatesMethod(Method):
         state.learning = config.learned and not settled and step >= hold
         state.progress = progress
         for linear in linears_of(model):
-            linear.watching = not settled and step < max(hold, 1)
-        for _, gate in gates_of(model):
-            gate.watching = not settled and step < hold
+            linear.watching = not settled and step < hold
 
     @torch.no_grad()
     def _dual(self, model: nn.Module, config: FineGatesConfig, state: GateState) -> float:
@@ -163,7 +164,9 @@ class FineGatesMethod(Method):
             if isinstance(module, Gate):
                 found[f"{name}.logit"], found[f"{name}.scale"] = module.logit.detach(), module.scale.detach()
             parts = ("input_sum", "input_square", "input_count")
-            names = {Gate: ("kept", "settled", "pull"), GateState: ("dual", "sigma", "aim")}.get(type(module), ())
+            names = {Gate: ("kept", "settled", "pull"), GateState: ("dual", "sigma", "aim", "started")}.get(
+                type(module), ()
+            )
             names = names or (parts if module in linears_of(model) else ())
             found.update({f"{name}.{part}": getattr(module, part) for part in names})
         return found
@@ -198,19 +201,30 @@ def settle_gates(model: nn.Module, config: FineGatesConfig, seed: int) -> None:
         state.learning = False
 
 
-def check_schedule(config: FineGatesConfig, steps: int) -> None:
-    """Adam moves a logit by about its rate in a step: there must be room for three ways from the start to closed.
+def check_schedule(config: FineGatesConfig, hold: int, settle_at: int) -> None:
+    """Adam moves a logit by about its rate in a step: there must be room to close, and steps to watch where a start or a rival needs them.
 
     Raises:
         ScheduleTooShort.
     """
-    way = logit_of(config.gates.init_mu) - logit_of(-0.5)
-    needed = 3 * way / config.gates.lr
-    if steps < needed:
+    watches = config.gates.start == "importance" if config.learned else config.baseline in ("importance", "flap_like")
+    if watches and hold < 1:
+        raise ScheduleTooShort(
+            "finegates.schedule.hold",
+            f"`{config.schedule.hold:g}` of the steps, which is none",
+            "at least one step in which units are watched",
+            "Raise schedule.hold or train.steps.",
+        )
+    if not config.learned:
+        return
+    closed = logit_of(-SHIFT)
+    way = -closed if config.gates.start == "importance" else 3 * (logit_of(config.gates.init_mu) - closed)
+    steps = settle_at - hold
+    if steps < way / config.gates.lr:
         raise ScheduleTooShort(
             "finegates.schedule",
             f"{steps} steps between hold and settle_at at gates.lr {config.gates.lr:g}",
-            f"at least {needed:.0f} steps, or gates.lr {3 * way / max(steps, 1):.2g} for {steps}",
+            f"at least {way / config.gates.lr:.0f} steps, or gates.lr {way / max(steps, 1):.2g} for {steps}",
             "Raise train.steps, schedule.settle_at or gates.lr.",
         )
 

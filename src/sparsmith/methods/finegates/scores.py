@@ -4,7 +4,11 @@ magnitude    norm of a unit's column outward times the norm of its rows inward
 flap_like    variance of the unit's input times the squared norm of its column, standardised over the layer (after FLAP,
              arXiv 2312.11983; without its bias, which stock classes have no place for)
 random       a draw from the stream `finegates.random`
-pull         the gates' own squared task gradient, summed while they are open (the empirical Fisher information)
+
+and the start of learned gates:
+
+importance   sqrt(variance of the input * squared column norm * pull), pull = the gate's own squared task gradient, token by token: what a
+             unit moves, and what the task feels of it
 """
 
 from __future__ import annotations
@@ -40,11 +44,21 @@ def movement(holder: GatedLinear, size: int) -> Tensor:
     return (holder.input_rms() * plain_weight(holder.linear).norm(dim=0)).view(size, -1).sum(1)
 
 
+def importance(site: Site, kind: str) -> Tensor:
+    """(n,) larger = keep: the geometric mean of what a unit moves and of what the task feels of it, as watched while gates were open."""
+    gate, holder = site.gate(kind), site.ffn if kind == "units" else site.attention
+    assert gate is not None and holder is not None
+    moved = (holder.input_variance() * plain_weight(holder.linear).square().sum(0)).view(gate.size, -1).sum(1)
+    return (moved * gate.pull).sqrt()
+
+
 def baseline_scores(name: str, site: Site, kind: str, row: Anatomy, seed: int, layer: int) -> Tensor:
     """(n,) larger = keep, of the gates of one kind in one block."""
     gate, holder = site.gate(kind), site.ffn if kind == "units" else site.attention
     assert gate is not None and holder is not None
     size = gate.size
+    if name == "importance":
+        return importance(site, kind)
     if name == "random":
         return torch.rand(size, generator=torch_generator(seed, f"{RANDOM}.{kind}", layer))
     columns = plain_weight(holder.linear).square().sum(0)

@@ -224,6 +224,8 @@ class Router(nn.Module):
 class PescAdapters(nn.Module):
     """The stacked adapters and the router of one block. U = 0 at the start, so the block computes what it did before."""
 
+    sparsmith_grafted = True
+
     def __init__(self, settings: PescSettings, hidden: int, device: torch.device | None = None) -> None:
         super().__init__()
         experts, dim = settings.num_experts, settings.adapter_dim

@@ -310,10 +310,9 @@ def _size(count: float) -> str:
 
 
 def _own(block: nn.Module) -> list[nn.Parameter]:
-    """A block's base parameters: of an FFN that another method has wrapped, those of the FFN inside."""
-    ffn = anatomy.ffn_of(block)
-    inner = {id(p) for p in getattr(ffn, "ffn", ffn).parameters()}
-    grafted = {id(p) for p in ffn.parameters()} - inner
+    """A block's base parameters, without those that another method has grafted (its module says `sparsmith_grafted`)."""
+    others = (module for module in block.modules() if getattr(module, "sparsmith_grafted", False))
+    grafted = {id(p) for module in others for p in module.parameters()}
     return [p for p in block.parameters() if id(p) not in grafted]
 
 
