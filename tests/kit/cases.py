@@ -20,6 +20,7 @@ NO_LORA = LoraSettings(enabled=False)
 _PESC: dict[str, Any] = {"num_experts": 4, "top_k": 2, "adapter_dim": 16, "lora": LORA}
 
 _SOFT: dict[str, Any] = {"exits": (2, 4)}
+_GATES: dict[str, Any] = {"gates": {"lr": 0.1}}
 _WITHOUT = sm.PescConfig(**{**_PESC, "lora": NO_LORA})
 
 Configs = MethodConfig | tuple[MethodConfig, ...]
@@ -39,6 +40,12 @@ METHODS: dict[str, Configs] = {
     "single adapter": sm.PescConfig(**_PESC, control="single_adapter"),
     "dense LoRA": sm.PescConfig(**_PESC, control="dense_lora"),
     "equal LoRA": sm.PescConfig(**_PESC, control="equal_lora"),
+    "finegates": sm.FineGatesConfig(**_GATES, lora=LORA),
+    "finegates without LoRA": sm.FineGatesConfig(**_GATES),
+    "finegates, every kind": sm.FineGatesConfig(gates={"attention": "kv_groups+q_heads", "blocks": True, "lr": 0.1}, lora=LORA),
+    "finegates, level": sm.FineGatesConfig(gates={"start": "level", "noise_sigma": 0.1, "polarise": 0.1, "lr": 0.5}),
+    "flap_like": sm.FineGatesConfig(baseline="flap_like", **_GATES, lora=LORA),
+    "dense LoRA, gates": sm.FineGatesConfig(baseline="lora", lora=LORA),
     "soft": sm.SoftConfig(**_SOFT),
     "soft, sandwich": sm.SoftConfig(**_SOFT, schedule="sandwich", weights="linear"),
     "soft, sampled": sm.SoftConfig(**_SOFT, schedule="sampled"),
@@ -52,9 +59,11 @@ METHODS: dict[str, Configs] = {
     "heads of their own": sm.SoftConfig(**_SOFT, arm="ict"),
     "pesc, soft": (_WITHOUT, sm.SoftConfig(**_SOFT)),
     "pesc, soft LoRA": (sm.PescConfig(**_PESC), sm.SoftConfig(**_SOFT, tune="lora", lora=LORA)),
+    "finegates, soft": (sm.FineGatesConfig(**_GATES), sm.SoftConfig(**_SOFT)),
+    "finegates, soft LoRA": (sm.FineGatesConfig(**_GATES, lora=LORA), sm.SoftConfig(**_SOFT, tune="lora", lora=LORA)),
     "soft, pesc": (sm.SoftConfig(**_SOFT), _WITHOUT),
 }
-FEW_METHODS = ("pesc", "single adapter", "dense LoRA", "soft LoRA", "soft, frozen trunk")
+FEW_METHODS = ("pesc", "single adapter", "dense LoRA", "finegates", "soft LoRA", "soft, frozen trunk")
 FEW_FAMILIES = ("llama", "gemma2", "gpt2")
 
 

@@ -164,6 +164,7 @@ class _Session:
         from sparsmith.crafting.base_model import load_tokenizer
         from sparsmith.crafting.plan import plan_recipe
         from sparsmith.data import load_data
+        from sparsmith.methods import registry
 
         train = self.recipe.train
         if train.threads:
@@ -191,6 +192,8 @@ class _Session:
                 f"at least one batch of {train.batch_size}",
                 "Lower train.batch_size, or give train.steps.",
             )
+        for config in self.recipe.methods:
+            registry.of(config).check_steps(config, self.steps)  # type: ignore[arg-type]
         write_json(
             self.run.data,
             {"domains": self.data.domains, "counts": self.data.counts, "fingerprints": self.data.fingerprints},

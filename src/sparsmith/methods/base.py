@@ -191,6 +191,9 @@ class Method:
         """The step, counted from 0, from which on every role of the method is bound to move; before it some may stand still."""
         return 0
 
+    def check_steps(self, config: Any, total_steps: int) -> None:
+        """Refuse a run of so many steps if a schedule of the method cannot unfold in it. Called before anything is loaded."""
+
     def leaves_idle(self, config: Any) -> bool:
         """True where a step may leave a trained tensor without a gradient (a depth that is not run): DDP must then look for such
         tensors, which costs a walk through the graph in every step, and FSDP cannot be used."""

@@ -11,6 +11,7 @@ from torch import nn
 
 import sparsmith as sm
 from sparsmith.crafting.lora import lora_parameters
+from sparsmith.crafting.record import record_of
 from sparsmith.crafting.settle import settle_report
 from sparsmith.exporting.model_card import count_parameters
 from tests.kit.cases import Configs, base_config_for, cases, largest_difference, logits, trained_like
@@ -29,6 +30,8 @@ def trial(of: Iterable[tuple[str, Configs, str]] | None = None) -> Tally:
     tally, worst = Tally(), 0.0
     for what, config, family in of if of is not None else cases():
         soft = trained_like(config, family)
+        for method, settings in record_of(soft).parts:  # a choice is the method's own affair: what is held here comes after it
+            soft = method.settle(soft, settings)
         plan = sm.plan(base_config_for(config, family), config)
         matrices = sum(name.split(".")[-3] == "lora_A" for name, _ in lora_parameters(soft))
         settled = sm.settle(copy.deepcopy(soft))

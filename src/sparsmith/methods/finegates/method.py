@@ -78,6 +78,10 @@ class FineGatesMethod(Method):
 
     # the steps
 
+    def check_steps(self, config: FineGatesConfig, total_steps: int) -> None:
+        if config.cuts:
+            check_schedule(config, *steps_of(config, total_steps))
+
     def on_step(self, model: nn.Module, config: FineGatesConfig, step: int, total_steps: int) -> None:
         state = state_of(model)
         if state is None:
