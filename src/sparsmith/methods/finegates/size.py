@@ -106,7 +106,7 @@ def expected_share(model: nn.Module, config: FineGatesConfig, sigma: float | Ten
 
 def kept_share(model: nn.Module, config: FineGatesConfig) -> float:
     """The share that the settled choice keeps."""
-    return float(Sizes.of(config, model).share(tables_of(model, lambda gate: gate.kept.float())))
+    return float(Sizes.of(config, model).share(tables_of(model, lambda gate: gate.kept.double())))
 
 
 def aim_at(config: FineGatesConfig, progress: float) -> float:
