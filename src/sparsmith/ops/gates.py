@@ -60,7 +60,33 @@ def ramp(progress: float, start: float, end: float) -> float:
     return 0.0 if progress <= start else (progress - start) / (end - start)
 
 
-def paper_penalty(rows_R: Tensor, columns_C: Tensor, share: float, sigma: float = 0.5) -> Tensor:
-    """L_s of one linear: half of |mean P(rows) - (1 - s)| + |mean P(columns) - (1 - s)|, s the target sparsity."""
-    parts = [(open_probability(side, sigma).mean() - (1 - share)).abs() for side in (rows_R, columns_C)]
-    return 0.5 * (parts[0] + parts[1])
+def paper_penalty(
+    rows_R: Tensor,
+    columns_C: Tensor,
+    share: float,
+    sigma: float = 0.5,
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """L_s of one linear: half of |mean P(rows) - (1 - s)| + |mean P(columns) - (1 - s)|, s the target sparsity.
+
+    Args:
+        rows_R, columns_C: logits of the linear's outputs and inputs.
+        share: s, in (0, 1).
+        sigma: of the open probability.
+        weights: (R,) and (C,) that sum to 1, in place of plain means.
+    """
+    opened = [open_probability(side, sigma) for side in (rows_R, columns_C)]
+    means = [p.mean() for p in opened] if weights is None else [(w * p).sum() for w, p in zip(weights, opened)]
+    return 0.5 * sum((mean - (1 - share)).abs() for mean in means)  # type: ignore[return-value]
+
+
+def kurtosis_weights(values_NM: Tensor, temperature: float = 100.0) -> Tensor:
+    """(N,) softmax(-sqrt(kurtosis) / temperature), where kurtosis is the fourth standardised moment of each row of M values.
+
+    A row without spread counts as a normal one (3).
+    """
+    centred = values_NM - values_NM.mean(1, keepdim=True)
+    variance = centred.square().mean(1)
+    flat = variance <= torch.finfo(variance.dtype).tiny
+    kurtosis = centred.pow(4).mean(1) / variance.square().clamp(min=torch.finfo(variance.dtype).tiny)
+    return torch.softmax(-torch.where(flat, 3.0, kurtosis).sqrt() / temperature, 0)

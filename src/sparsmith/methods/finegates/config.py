@@ -31,9 +31,9 @@ class GateSettings(StrictModel):
     blocks: bool = False
     """A gate for each attention and FFN sub-block as a whole."""
     noise_sigma: NonNegative = 0.0
-    """Standard deviation of the training noise (0.1 in the paper); 0 = deterministic gates."""
+    """Standard deviation of the training noise; 0 = deterministic gates."""
     reg_sigma: tuple[Positive, Positive] = (0.25, 0.1)
-    """sigma of P(open), from the start to the settling; the paper keeps 0.5."""
+    """sigma of P(open), from the start to the settling; the paper layout keeps the paper's 0.5."""
     start: Literal["importance", "level"] = "importance"
     """`importance`: after `schedule.hold` at the cut, in the order of what each unit moves and of what the task feels of it; `level`: all
     alike at `init_mu`."""
@@ -81,6 +81,8 @@ class PaperSettings(StrictModel):
     s: Fraction = 0.4
     """Target sparsity of rows and of columns."""
     weight: NonNegative = Field(default=50.0, alias="lambda")
+    noise_sigma: NonNegative = 0.1
+    """Standard deviation of the training noise; 0 = deterministic gates."""
     kurtosis: bool = False
     """Weight a side's gates by the kurtosis of what they see."""
 
@@ -157,13 +159,16 @@ class FineGatesConfig(MethodConfig):
         return self.layout == "structured"
 
 
+_STRUCTURED_GATES = ("ffn", "attention", "blocks", "noise_sigma", "reg_sigma", "start", "band", "init_mu", "polarise")
+
+
 def _layout_clashes(config: FineGatesConfig) -> Iterable[Clash]:
     if config.layout == "structured":
         yield from config.without_effect(["paper"], "layout paper")
         return
     needs = "layout structured"
     yield from config.without_effect(["target", "target_of", "target_unit", "dual"], needs)
-    for key in config.gates.changed("ffn", "attention", "blocks", "start", "band", "init_mu", "polarise"):
+    for key in config.gates.changed(*_STRUCTURED_GATES):
         yield Clash(f"gates.{key}", "a setting that has no effect here", needs, f"Remove `gates.{key}`.")
     for key in config.settle.changed("scope", "unit", "min_keep", "survivors", "train_scales"):
         yield Clash(f"settle.{key}", "a setting that has no effect here", needs, f"Remove `settle.{key}`.")
