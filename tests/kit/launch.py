@@ -41,7 +41,7 @@ def launched(
     surroundings = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "ACCELERATE_USE_CPU": "true",
         **(env or {}),
     }

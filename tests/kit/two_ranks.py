@@ -20,6 +20,8 @@ import sparsmith as sm
 from sparsmith import ranks
 from sparsmith.crafting.gathered import reshard
 from sparsmith.methods.base import LoraSettings
+from sparsmith.methods.finegates.config import FineGatesConfig
+from sparsmith.methods.finegates.gates import gates_of
 from sparsmith.methods.pesc.config import PescConfig
 from sparsmith.methods.soft.config import SoftConfig
 from sparsmith.ops.shards import part, whole
@@ -33,6 +35,8 @@ CONFIG = PescConfig(
     num_experts=8, top_k=1, adapter_dim=8, balance_alpha=0.05, path="masked", lora=LoraSettings(r=2, dropout=0.0)
 )
 _SOFT: dict[str, Any] = {"exits": (1, 2, 4), "ce": {"chunk": 8}}
+_GATES: dict[str, Any] = {"gates": {"lr": 0.6}, "lora": {"r": 2, "dropout": 0.0}}
+_STILL: dict[str, Any] = {**_GATES, "gates": {"lr": 0.6, "noise_sigma": 0.0}}
 METHODS = {
     "pesc": CONFIG,
     "soft": SoftConfig(**_SOFT, weights="linear"),
@@ -44,6 +48,10 @@ METHODS = {
     "soft, layer dropout": SoftConfig(**_SOFT, layer_dropout=0.5),
     "soft, frozen trunk": SoftConfig(**_SOFT, trunk="frozen"),
     "soft, frozen trunk, sandwich": SoftConfig(**_SOFT, trunk="frozen", schedule="sandwich"),
+    "finegates": FineGatesConfig(**_GATES),
+    "finegates, paper": FineGatesConfig(**_GATES, layout="paper"),
+    "finegates, no noise": FineGatesConfig(**_STILL),
+    "finegates, paper, no noise": FineGatesConfig(**_STILL, layout="paper"),
 }
 """A later method joins by an entry here."""
 
@@ -108,6 +116,7 @@ def tune(
         "health": {str(line["step"]): {k: v for k, v in line.items() if k.startswith(HEALTH)} for line in lines},
         "dead": {str(line["step"]): line[DEAD] for line in lines if DEAD in line},
         "weights": {name: whole(p.detach()).double().reshape(-1).tolist() for name, p in trained},
+        "noise": {name: gate.noise.tolist() for name, gate in gates_of(model)},
         "parameter_bytes": sum(part(p).nbytes for p in model.parameters()),
     }
 

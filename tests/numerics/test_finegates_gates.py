@@ -55,12 +55,10 @@ def test_the_expected_size_is_the_sum_over_units(family, target_of):
     }
     shape = anatomy.shape_of(model.config)
     d, h = shape.hidden, shape.head_dim
-    named = {path.rsplit(".", 1)[-1] if "attn" not in path else path for path in shape.biases}
     inward = 2 if shape.ffn_kind != "plain" else 1
     ffn_bias = any("mlp" in path for path in shape.biases)
     attention_bias = [path for path in shape.attention_linears if path in shape.biases]
     qkv, out = bool(attention_bias), len(attention_bias) == len(shape.attention_linears)
-    assert named is not None
     for layer in range(shape.layers):
         units = sum(p[layer, "units"]) * ((inward + 1) * d + inward * ffn_bias) + d * ffn_bias
         total += p[layer, "ffn_block"][0] * units
@@ -75,13 +73,13 @@ def test_the_expected_size_is_the_sum_over_units(family, target_of):
     base = shape.attention_params + shape.ffn_params
     if target_of == "total":
         total, base = total + shape.total_params - base, shape.total_params
-    assert float(expected_share(model, config, sigma)) == pytest.approx(total / base, abs=1e-6)
+    assert expected_share(model, config, sigma).item() == pytest.approx(total / base, abs=1e-6)
 
 
 def test_every_gate_open_is_the_whole_model_and_half_the_units_are_counted():
     config = gates_config(gates={"attention": "none"})
     model = gated(config)
-    assert float(expected_share(model, config, 1e-3)) == pytest.approx(1.0, abs=1e-6)
+    assert expected_share(model, config, 1e-3).item() == pytest.approx(1.0, abs=1e-6)
     for site in sites(model):
         unit = site.gate("units")
         unit.settle(torch.arange(unit.size) % 2 == 0, reopen=True)
