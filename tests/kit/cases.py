@@ -42,7 +42,9 @@ METHODS: dict[str, Configs] = {
     "equal LoRA": sm.PescConfig(**_PESC, control="equal_lora"),
     "finegates": sm.FineGatesConfig(**_GATES, lora=LORA),
     "finegates without LoRA": sm.FineGatesConfig(**_GATES),
-    "finegates, every kind": sm.FineGatesConfig(gates={"attention": "kv_groups+q_heads", "blocks": True, "lr": 0.1}, lora=LORA),
+    "finegates, every kind": sm.FineGatesConfig(
+        gates={"attention": "kv_groups+q_heads", "blocks": True, "lr": 0.1}, lora=LORA
+    ),
     "finegates, level": sm.FineGatesConfig(gates={"start": "level", "noise_sigma": 0.1, "polarise": 0.1, "lr": 0.5}),
     "flap_like": sm.FineGatesConfig(baseline="flap_like", **_GATES, lora=LORA),
     "dense LoRA, gates": sm.FineGatesConfig(baseline="lora", lora=LORA),

@@ -1,5 +1,5 @@
-"""Models with gates for the tests of FineGates, and a plain loop that tunes them in seconds: the objective and the method's own calls, without
-a Trainer.
+"""Models with gates for the tests of FineGates, and a plain loop that tunes them in seconds: the objective and the method's own calls,
+without a Trainer.
 """
 
 from __future__ import annotations
@@ -29,9 +29,24 @@ BIASED: dict[str, dict[str, Any]] = {
 """Families without, with some and with all biases: name -> changes of the pico config."""
 
 
+LEVEL: dict[str, Any] = {"start": "level", "init_mu": 0.52, "noise_sigma": 0.1, "reg_sigma": (0.5, 0.25), "lr": 1e-2}
+SCHEDULE = {"hold": 0.05, "warmup": 0.20, "settle_at": 0.70}
+"""The plain stochastic gates, written out: all start alike, with noise. What wins in practice may be other settings."""
+
+
 def gates_config(layout: str = "structured", **settings: Any) -> FineGatesConfig:
-    """Settings of a layout, the rest at their defaults."""
-    return FineGatesConfig.model_validate({"layout": layout, **settings})
+    """Settings of a layout; of learned structured gates `LEVEL` and `SCHEDULE` lie below what is given."""
+    given = dict(settings)
+    if layout == "structured":
+        given["schedule"] = {**SCHEDULE, **settings.get("schedule", {})}
+    gates = LEVEL if layout == "structured" and "baseline" not in settings else {"lr": LEVEL["lr"]}
+    given["gates"] = {**gates, **settings.get("gates", {})}
+    return FineGatesConfig.model_validate({"layout": layout, **given})
+
+
+def still(layout: str) -> dict[str, Any]:
+    """Settings without noise."""
+    return {"gates": {"noise_sigma": 0.0}} if layout == "structured" else {"paper": {"noise_sigma": 0.0}}
 
 
 def gated(config: FineGatesConfig | str = "structured", family: str = "llama", seed: int = 3, **changes: Any) -> Any:
@@ -80,7 +95,8 @@ def steps_of(
     parts = record_of(model).parts
     rates = {role: own for method, config in parts for role, own in method.rates(config).items()}
     groups = [
-        {"params": [p for _, p in tensors], "lr": rates.get(role, rate)} for role, tensors in trained_roles(model).items()
+        {"params": [p for _, p in tensors], "lr": rates.get(role, rate)}
+        for role, tensors in trained_roles(model).items()
     ]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     objective.train()

@@ -35,8 +35,10 @@ CONFIG = PescConfig(
     num_experts=8, top_k=1, adapter_dim=8, balance_alpha=0.05, path="masked", lora=LoraSettings(r=2, dropout=0.0)
 )
 _SOFT: dict[str, Any] = {"exits": (1, 2, 4), "ce": {"chunk": 8}}
-_GATES: dict[str, Any] = {"gates": {"lr": 0.6}, "lora": {"r": 2, "dropout": 0.0}}
-_STILL: dict[str, Any] = {**_GATES, "gates": {"lr": 0.6, "noise_sigma": 0.0}}
+_GATES: dict[str, Any] = {"lora": {"r": 2, "dropout": 0.0}}
+_LEVEL: dict[str, Any] = {"lr": 0.6, "start": "level", "noise_sigma": 0.1}
+_SHORT: dict[str, Any] = {**_GATES, "schedule": {"hold": 0.1, "warmup": 0.2, "settle_at": 0.7}}
+_PAPER: dict[str, Any] = {**_GATES, "layout": "paper", "gates": {"lr": 0.6}}
 METHODS = {
     "pesc": CONFIG,
     "soft": SoftConfig(**_SOFT, weights="linear"),
@@ -48,10 +50,11 @@ METHODS = {
     "soft, layer dropout": SoftConfig(**_SOFT, layer_dropout=0.5),
     "soft, frozen trunk": SoftConfig(**_SOFT, trunk="frozen"),
     "soft, frozen trunk, sandwich": SoftConfig(**_SOFT, trunk="frozen", schedule="sandwich"),
-    "finegates": FineGatesConfig(**_GATES),
-    "finegates, paper": FineGatesConfig(**_GATES, layout="paper"),
-    "finegates, no noise": FineGatesConfig(**_STILL),
-    "finegates, paper, no noise": FineGatesConfig(**_STILL, layout="paper"),
+    "finegates": FineGatesConfig(**_SHORT, gates=_LEVEL),
+    "finegates, paper": FineGatesConfig(**_PAPER),
+    "finegates, no noise": FineGatesConfig(**_SHORT, gates={**_LEVEL, "noise_sigma": 0.0}),
+    "finegates, by importance": FineGatesConfig(**_SHORT, gates={"lr": 0.6}),
+    "finegates, paper, no noise": FineGatesConfig(**_PAPER, paper={"noise_sigma": 0.0}),
 }
 """A later method joins by an entry here."""
 

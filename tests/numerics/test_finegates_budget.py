@@ -84,7 +84,9 @@ def planted_share(kept: tuple[int, ...], planted: set[int]) -> float:
 
 def test_planted_units_are_the_ones_that_go():
     model, planted = widened()
-    assert torch.allclose(model(torch.arange(3, 9)[None]).logits, toy_model()(torch.arange(3, 9)[None]).logits, atol=1e-5)
+    assert torch.allclose(
+        model(torch.arange(3, 9)[None]).logits, toy_model()(torch.arange(3, 9)[None]).logits, atol=1e-5
+    )
     tuned, _ = learned(model, half_of_the_ffn(dual={"lr": 0.1}))
     kept = torch.nonzero(sites(tuned)[0].gate("units").kept).flatten().tolist()
     assert planted_share(tuple(kept), planted) >= 0.9

@@ -89,7 +89,7 @@ def test_every_gate_open_is_the_whole_model_and_half_the_units_are_counted():
 
 @pytest.mark.parametrize("layout, least, most", [("structured", 0.30, 1.0), ("paper", 0.0, 0.05)])
 def test_how_many_gates_the_task_reaches_at_the_start(layout, least, most):
-    """Fault 6: at the paper's start 99 % of the noisy gates lie in the clamp's flat part. The paper layout shows it, and its log says so."""
+    """Fault 6: at the paper's start 99 % of the noisy gates lie in the clamp's flat part. The paper layout shows it, and logs it."""
     config = gates_config(layout, schedule={"hold": 0.0}) if layout == "structured" else gates_config(layout)
     model = gated(config).train()
     FINEGATES.on_step(model, config, 0, 10_000)
@@ -156,7 +156,10 @@ def test_nobody_elses_random_numbers_move(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_recomputed_forward_sees_the_same_draw(layout):
     """Activation checkpointing: gradients as without it."""
-    config, found = gates_config(layout, gates={"lr": 0.05}, schedule={"hold": 0.0} if layout == "structured" else {}), []
+    config, found = (
+        gates_config(layout, gates={"lr": 0.05}, schedule={"hold": 0.0} if layout == "structured" else {}),
+        [],
+    )
     for checkpointed in (False, True):
         model = gated(config).train()
         if checkpointed:

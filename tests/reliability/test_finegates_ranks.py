@@ -13,7 +13,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torc
 
 NEAR, AFTER_ADAM = 1e-5, 1e-3
 """Sums over two halves are rounded otherwise than one sum, and Adam with a rate of 0.6 magnifies what is near 0."""
-NOISY, STILL = ("finegates", "finegates, paper"), ("finegates, no noise", "finegates, paper, no noise")
+NOISY, STILL = (
+    ("finegates", "finegates, paper"),
+    (
+        "finegates, no noise",
+        "finegates, by importance",
+        "finegates, paper, no noise",
+    ),
+)
 STOP = 7
 """Of 12 steps: gates still learn, so the last noise is there to be seen."""
 

@@ -8,9 +8,10 @@ from transformers import TrainingArguments
 
 import sparsmith as sm
 from sparsmith.crafting.apply import trained_roles
+from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.gates import gates_of
 from sparsmith.methods.finegates.method import FINEGATES
-from tests.kit.gates import gates_config
+from tests.kit.gates import SCHEDULE, gates_config
 from tests.kit.pico import pico_model
 from tests.kit.rows import RowDataset, pad_rows
 
@@ -19,7 +20,10 @@ CONFIGS = {
     "structured": gates_config(lora=LORA, gates={"lr": 0.6, "attention": "kv_groups+q_heads", "polarise": 0.1}),
     "paper": gates_config("paper", lora=LORA, gates={"lr": 0.6}),
     "paper, kurtosis": gates_config("paper", gates={"lr": 0.6}, paper={"kurtosis": True}),
-    "a rival": gates_config(baseline="flap_like", lora=LORA),
+    "by importance": FineGatesConfig.model_validate(
+        {"lora": LORA, "gates": {"lr": 0.6, "noise_sigma": 0.1}, "schedule": SCHEDULE | {"hold": 0.1}}
+    ),
+    "a rival": gates_config(baseline="flap_like", lora=LORA, schedule={"hold": 0.1}),
 }
 STEPS = 12
 CUTS = (3, 6, 9)

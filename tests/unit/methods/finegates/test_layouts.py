@@ -14,7 +14,7 @@ from sparsmith.errors import CheckpointMismatch, EmptyRole, MethodError
 from sparsmith.methods.finegates.gates import draw_noise, gates_of
 from sparsmith.methods.finegates.method import FINEGATES
 from tests.kit.cases import largest_difference, logits
-from tests.kit.gates import BIASED, LAYOUTS, copying, gated, gates_config, scatter, steps_of
+from tests.kit.gates import BIASED, LAYOUTS, copying, gated, gates_config, scatter, steps_of, still
 from tests.kit.pico import FAMILIES, pico_ids, pico_model
 
 both = pytest.mark.parametrize("layout", LAYOUTS)
@@ -187,7 +187,7 @@ def test_the_loss_is_a_mean_over_counted_tokens(layout):
 def test_the_objective_divides_by_its_labels(layout, kept):
     from sparsmith.training.objective import Objective
 
-    config = gates_config(layout, gates={"noise_sigma": 0.0})
+    config = gates_config(layout, **still(layout))
     model = gated(config)
     ids = pico_ids(2, 8)
     labels = torch.full_like(ids, -100)

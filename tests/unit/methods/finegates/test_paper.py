@@ -232,7 +232,8 @@ def test_logits_begin_as_a_normal_of_the_seed():
     [
         ({"target": 0.5}, "target"),
         ({"dual": {"lr": 0.5}}, "dual"),
-        ({"gates": {"reg_sigma": [0.5, 0.5]}}, "gates.reg_sigma"),
+        ({"gates": {"reg_sigma": [0.4, 0.4]}}, "gates.reg_sigma"),
+        ({"gates": {"noise_sigma": 0.2}}, "gates.noise_sigma"),
         ({"gates": {"polarise": 1.0}}, "gates.polarise"),
         ({"schedule": {"hold": 0.0}}, "schedule.hold"),
         ({"baseline": "random"}, "baseline"),

@@ -111,7 +111,9 @@ def test_too_few_steps_are_refused_with_the_number(layout):
     config = gates_config(layout)
     with pytest.raises(ScheduleTooShort, match=r"at least (338|465) steps, or gates\.lr"):
         FINEGATES.on_step(gated(config), config, 0, 100)
-    FINEGATES.on_step(gated(config), config, 0, 600)
+    with pytest.raises(ScheduleTooShort):
+        FINEGATES.check_steps(config, 100)
+    FINEGATES.check_steps(config, 600)
 
 
 def test_a_size_that_cannot_be_reached_is_refused_with_what_can():
