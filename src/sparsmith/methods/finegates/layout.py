@@ -56,6 +56,9 @@ class Layout:
         """Called when `state.step` has been set; says by `state.learning` whether noise is drawn."""
         raise NotImplementedError
 
+    def after_forward(self, model: nn.Module) -> None:
+        """As `Method.after_forward`."""
+
     def loss_terms(self, model: nn.Module, config: FineGatesConfig, state: GateState) -> dict[str, LossTerm]:
         """As `Method.loss_terms`."""
         raise NotImplementedError

@@ -101,6 +101,9 @@ class FineGatesMethod(Method):
         state = state_of(model)
         return {} if state is None else layout_of(config).loss_terms(model, config, state)
 
+    def after_forward(self, model: nn.Module, config: FineGatesConfig) -> None:
+        layout_of(config).after_forward(model)
+
     def wanted_terms(self, config: FineGatesConfig) -> tuple[str, ...]:
         return layout_of(config).wanted_terms(config)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparsmith import ranks
 from sparsmith.errors import ScheduleTooShort
 from sparsmith.methods.base import LossTerm, MethodPlan
 from sparsmith.methods.finegates import health, planning, start
@@ -23,6 +24,7 @@ from sparsmith.methods.finegates.graft import graft
 from sparsmith.methods.finegates.layout import Layout, Roles
 from sparsmith.methods.finegates.prune import fold_and_cut
 from sparsmith.methods.finegates.size import aim_at, expected_share, sigma_at, steps_of
+from sparsmith.ops.balance import sum_over_ranks
 from sparsmith.ops.gates import SHIFT, budget_loss, dual_step, logit_of, ramp, soft_share
 
 if TYPE_CHECKING:
@@ -77,6 +79,18 @@ class StructuredLayout(Layout):
         state.progress = progress
         for linear in linears_of(model):
             linear.watching = not settled and step < hold
+
+    @torch.no_grad()
+    def after_forward(self, model: nn.Module) -> None:
+        """What was watched becomes the mean over ranks, so that all order their units alike; a mean, because DDP copies the first rank's
+        buffers to all, and orders do not hang on the factor."""
+        if ranks.world() == 1:
+            return
+        for linear in linears_of(model):
+            if linear.watching:
+                pulls = [gate.pull for gate in linear.children() if isinstance(gate, Gate)]
+                for figure in (linear.input_sum, linear.input_square, linear.input_count, *pulls):
+                    figure.copy_(sum_over_ranks(figure) / ranks.world())
 
     @torch.no_grad()
     def _dual(self, model: nn.Module, config: FineGatesConfig, state: GateState) -> float:
