@@ -3,8 +3,9 @@
     python -m benchmarks.finegates_speed [--repeats 15] [--hidden 1024] [--threads 2]
 
 Part 1: a random Llama (float32) is cut to 60 % of its body by the method itself. Dense and cut model take turns in one process: prefill
-of one prompt, and decode token by token with the cache. Predicted prefill: the ratio of FLOPs, counted by torch. Predicted decode: the ratio
-of bytes that a token reads (weights of the blocks and of the head, and the cache). Bounds: 85 % of the first speed-up, 80 % of the second.
+of one prompt, and decode token by token with the cache. Predicted prefill: the ratio of FLOPs, counted by torch. Predicted decode: the
+ratio of bytes that a token reads (weights of the blocks and of the head, and the cache). Bounds: 85 % of the first speed-up, 80 % of the
+second.
 
 Part 2: training steps on the recipe's rows (forward, backward, clipping, AdamW): gates in each phase with a LoRA, against the LoRA alone;
 the figure is the median of the ratios, repeat by repeat. Bound: 1.25 while gates are learned.
