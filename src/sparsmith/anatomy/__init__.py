@@ -14,10 +14,14 @@ from sparsmith.anatomy.access import (
     softcap,
     walk,
 )
+from sparsmith.anatomy.classifier import classifier, classifier_tensors, narrow_classifier, widen_classifier
 from sparsmith.anatomy.rows import Anatomy, families, of, register, unregister
 from sparsmith.anatomy.shape import ModelShape, shape_of
+from sparsmith.anatomy.tasks import CAUSAL_LM, SEQ_CLS, for_task, require_task, task_of
 
 __all__ = [
+    "CAUSAL_LM",
+    "SEQ_CLS",
     "Anatomy",
     "ModelShape",
     "anatomy_of",
@@ -25,16 +29,23 @@ __all__ = [
     "backbone",
     "base_of",
     "blocks",
+    "classifier",
+    "classifier_tensors",
     "families",
     "ffn_of",
+    "for_task",
     "head",
     "logits_of",
+    "narrow_classifier",
     "of",
     "probe",
     "register",
+    "require_task",
     "set_ffn",
     "shape_of",
     "softcap",
+    "task_of",
     "unregister",
     "walk",
+    "widen_classifier",
 ]

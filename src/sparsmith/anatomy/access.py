@@ -46,13 +46,20 @@ def walk(root: nn.Module, path: str) -> Any:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks, in order."""
+    """The blocks, in order."""
     return walk(base_of(model), anatomy_of(model).blocks)
 
 
 def _name_in(block: nn.Module, row: Anatomy | None, field: str) -> str:
     """The name under which a block holds a part: the row's, or without a row the first known one that the block has."""
-    names = (getattr(row, field),) if row else known_names(field)
+    names = tuple(filter(None, (getattr(row, field),) if row else known_names(field)))
+    if not names:
+        raise UnsupportedAnatomy(
+            type(block).__name__,
+            f"no module that is the {field} alone",
+            f"a block whose {field} is one module",
+            "Reach its linears by the paths in `ModelShape.ffn_linears`, or take a family with such a module.",
+        )
     return next((name for name in names if hasattr(block, name)), names[0])
 
 
@@ -73,7 +80,7 @@ def set_ffn(block: nn.Module, module: nn.Module, row: Anatomy | None = None) -> 
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The decoder without its head: embeddings, blocks, final norm. Its output's `last_hidden_state` is what the head reads."""
+    """The model without its head: embeddings, blocks, final norm. Its output's `last_hidden_state` is what the head reads."""
     return walk(base_of(model), anatomy_of(model).blocks.split(".")[0])
 
 
@@ -94,15 +101,19 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def probe(model: nn.Module) -> Anatomy:
-    """Check that every part is where the row says and that each FFN maps one (.., d) tensor to one. Returns the row."""
+    """Check that every part is where the row says and that each FFN that is one module maps one (.., d) tensor to one. Returns the row."""
     import torch
 
     row, base = anatomy_of(model), base_of(model)
     hidden = int(_config(base).hidden_size)
-    for path in (row.norm, row.embeddings, *([row.positions] if row.positions else [])):
+    for path in filter(None, (row.norm, row.embeddings, row.positions)):
         walk(base, path)
     for index, block in enumerate(blocks(model)):
         walk(block, row.attention)
+        if not row.ffn:
+            for path in row.linears:
+                walk(block, path)
+            continue
         ffn = ffn_of(block, row)
         for name in row.ffn_linears:
             walk(getattr(ffn, "ffn", ffn), name)

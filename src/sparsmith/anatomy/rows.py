@@ -16,17 +16,33 @@ _SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """One family: dotted paths inside a causal LM, names inside a block, and what its parameter count depends on."""
+    """One family: dotted paths inside the model, names inside a block, and what its parameter count depends on."""
 
     model_types: tuple[str, ...]
     blocks: str = "model.layers"
     ffn: str = "mlp"
+    """Empty where a block's FFN is no module of its own: its linears are then named from the block."""
     attention: str = "self_attn"
     norm: str = "model.norm"
+    """Before the head; empty where there is none."""
     embeddings: str = "model.embed_tokens"
     positions: str = ""
     """Learned position embeddings, where there are any."""
     head: str = "lm_head"
+    classifier: str = "score"
+    """The head of the family's sequence classifier."""
+    classifier_kind: Literal["linear", "biased", "dense"] = "linear"
+    """One linear, one with a bias, or a square linear and one behind it, both with a bias."""
+    pooler: str = ""
+    """The linear between the last block and the classifier, where the model without a head has one."""
+    reads: Literal["last", "first"] = "last"
+    """The token whose hidden state is classified: the last that is no padding, or the first."""
+    other_heads: tuple[str, ...] = ("lm_head.",)
+    """How tensors begin that a checkpoint holds for its own task and a classifier has no place for."""
+    tasks: tuple[str, ...] = ("causal_lm", "seq_cls")
+    token_types: bool = False
+    """Embeddings of the kinds of segments, `type_vocab_size` of them."""
+    embedding_norm: bool = False
     attention_linears: tuple[str, ...] = _SPLIT_ATTENTION
     ffn_linears: tuple[str, ...] = _GATED
     ffn_kind: Literal["gated", "fused_gated", "plain"] = "gated"
@@ -51,6 +67,41 @@ class Anatomy:
     """In a block: the norm between the attention and the residual stream, where there is one."""
     ffn_out_norm: str = ""
     """In a block: the norm between the FFN and the residual stream, where there is one."""
+
+    @property
+    def linears(self) -> dict[str, tuple[str, str]]:
+        """Path inside a block of every linear -> (the part that it belongs to, its name there), attention first."""
+        return {
+            f"{part}.{name}".lstrip("."): (part, name)
+            for part, names in ((self.attention, self.attention_linears), (self.ffn, self.ffn_linears))
+            for name in names
+        }
+
+
+def _encoder(name: str, **own: Any) -> Anatomy:
+    """BERT and what was built on its code: post-norm blocks whose FFN is spread over two modules of the block."""
+    inside = f"{name}.embeddings"
+    return Anatomy(
+        model_types=(name,),
+        blocks=f"{name}.encoder.layer",
+        ffn="",
+        attention="attention",
+        norm="",
+        embeddings=f"{inside}.word_embeddings",
+        positions=f"{inside}.position_embeddings",
+        classifier="classifier",
+        reads="first",
+        tasks=("seq_cls",),
+        token_types=True,
+        embedding_norm=True,
+        attention_linears=("self.query", "self.key", "self.value", "output.dense"),
+        ffn_linears=("intermediate.dense", "output.dense"),
+        ffn_kind="plain",
+        norm_bias=True,
+        attention_bias="all",
+        ffn_bias="all",
+        **own,
+    )
 
 
 _ROWS: list[Anatomy] = [
@@ -96,6 +147,7 @@ _ROWS: list[Anatomy] = [
     Anatomy(
         model_types=("gpt_neox",),
         blocks="gpt_neox.layers",
+        other_heads=("lm_head.", "embed_out."),
         attention="attention",
         norm="gpt_neox.final_layer_norm",
         embeddings="gpt_neox.embed_in",
@@ -122,6 +174,8 @@ _ROWS: list[Anatomy] = [
         attention_bias="all",
         ffn_bias="all",
     ),
+    _encoder("bert", classifier_kind="biased", pooler="bert.pooler.dense", other_heads=("cls.",)),
+    _encoder("roberta", classifier_kind="dense", other_heads=("lm_head.", "roberta.pooler.")),
 ]
 
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")

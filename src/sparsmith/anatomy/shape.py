@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsmith.anatomy.rows import Anatomy, base_config, cross_layer_state, of
+from sparsmith.anatomy.rows import Anatomy, base_config, cross_layer_state
+from sparsmith.anatomy.tasks import SEQ_CLS, require_task, task_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,13 @@ class ModelShape:
     """`full_attention` or `sliding_attention` of each block; () = all alike."""
     cross_layer: str = ""
     """What ties the blocks together so that the last ones cannot be left out; empty where nothing does."""
+    classes: int = 0
+    """Of a sequence classifier; 0 for a language model."""
+    classifier_params: int = 0
+    pooler_params: int = 0
+    """Of the linear between the last block and a classifier."""
+    token_types: int = 0
+    """Rows of the table of segment kinds."""
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -58,16 +66,24 @@ class ModelShape:
 
     @property
     def embedding_params(self) -> int:
-        return (self.vocab + self.positions) * self.hidden
+        return (self.vocab + self.positions + self.token_types) * self.hidden
 
     @property
     def head_params(self) -> int:
-        """0 where the head is the embedding."""
+        """0 where the head is the embedding; of a classifier those of the class head."""
+        if self.classes:
+            return self.classifier_params
         return 0 if self.tied else self.vocab * self.hidden
 
     @property
+    def head_width(self) -> int:
+        """Outputs of the head: words, or classes."""
+        return self.classes or self.vocab
+
+    @property
     def total_params(self) -> int:
-        return self.attention_params + self.ffn_params + self.norm_params + self.embedding_params + self.head_params
+        body = self.attention_params + self.ffn_params + self.norm_params
+        return body + self.embedding_params + self.pooler_params + self.head_params
 
 
 def _attention(row: Anatomy, hidden: int, queries: int, keys: int) -> dict[str, tuple[int, int]]:
@@ -80,7 +96,8 @@ def _attention(row: Anatomy, hidden: int, queries: int, keys: int) -> dict[str, 
 def _ffn(row: Anatomy, hidden: int, width: int) -> dict[str, tuple[int, int]]:
     *inward, outward = row.ffn_linears
     into = 2 * width if row.ffn_kind == "fused_gated" else width
-    return {**{f"{row.ffn}.{name}": (hidden, into) for name in inward}, f"{row.ffn}.{outward}": (width, hidden)}
+    home = f"{row.ffn}." if row.ffn else ""
+    return {**{f"{home}{name}": (hidden, into) for name in inward}, f"{home}{outward}": (width, hidden)}
 
 
 def _biases(row: Anatomy, config: Any, attention: Iterable[str], ffn: Iterable[str]) -> frozenset[str]:
@@ -93,12 +110,21 @@ def _biases(row: Anatomy, config: Any, attention: Iterable[str], ffn: Iterable[s
 def _norms(row: Anatomy, hidden: int, layers: int, head_dim: int, queries: int, keys: int) -> int:
     each = 2 * hidden if row.norm_bias else hidden
     qk = {"none": 0, "head": 2 * head_dim, "full": queries + keys}[row.qk_norm]
-    return layers * (row.norms_per_block * each + qk) + each
+    return layers * (row.norms_per_block * each + qk) + each * (bool(row.norm) + row.embedding_norm)
 
 
-def shape_of(config: Any) -> ModelShape:
-    """The shape of a dense (or crafted: of its base) model's config. Raises `UnsupportedAnatomy` for unknown families."""
-    row, config = of(config), base_config(config)
+def _classifier(row: Anatomy, hidden: int, classes: int) -> int:
+    """Parameters of the class head."""
+    behind = hidden * classes + (0 if row.classifier_kind == "linear" else classes)
+    return behind + (hidden * (hidden + 1) if row.classifier_kind == "dense" else 0)
+
+
+def shape_of(subject: Any) -> ModelShape:
+    """The shape of a dense (or crafted: of its base) model, or of its config; a config says by `architectures` whether it is that of a
+    classifier. Raises `UnsupportedAnatomy` for unknown families, and for one that does not do the task."""
+    task = task_of(subject)
+    config = base_config(getattr(subject, "config", subject))
+    row, classes = require_task(config, task), int(config.num_labels) if task == SEQ_CLS else 0
     hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -123,7 +149,11 @@ def shape_of(config: Any) -> ModelShape:
         ffn_linears=ffn,
         biases=_biases(row, config, attention, ffn),
         norm_params=_norms(row, hidden, layers, head_dim, queries, keys),
-        final_norm_params=2 * hidden if row.norm_bias else hidden,
+        final_norm_params=0 if not row.norm else 2 * hidden if row.norm_bias else hidden,
         attention_kinds=tuple(getattr(config, "layer_types", None) or ()),
         cross_layer=cross_layer_state(config),
+        classes=classes,
+        classifier_params=_classifier(row, hidden, classes) if classes else 0,
+        pooler_params=hidden * (hidden + 1) if row.pooler else 0,
+        token_types=config.type_vocab_size if row.token_types else 0,
     )

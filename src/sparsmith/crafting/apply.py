@@ -55,19 +55,23 @@ def craft(
         ProofError: the crafted model computes something else.
     """
     configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
-    check_composition(configs)
+    task = anatomy.task_of(model)
+    check_composition(configs, task)
     base = base_of(model)
     context = CraftContext(seed=seed, base_id=base.id)
     if not inplace:
         model = copy.deepcopy(model)
-    before = probe_logits(model, seed) if proof else None
     record = CraftRecord(configs=configs, base=base, seed=seed)
     with _all_or_nothing(model):
+        if task == anatomy.SEQ_CLS:
+            anatomy.widen_classifier(model)
+            model.config.architectures = [type(model).__name__]
+        before = probe_logits(model, seed) if proof else None
         model.requires_grad_(False)
         crafted: Any = model
         for method, settings in record.parts:
             crafted = method.craft(crafted, settings, context)
-        lora = merged_settings(record.parts, anatomy.shape_of(crafted.config))
+        lora = merged_settings(record.parts, anatomy.shape_of(crafted))
         if lora is not None:
             inject_lora(crafted, lora, seed)
         attach(crafted, record)
@@ -94,7 +98,7 @@ def wanted_roles(model: nn.Module) -> tuple[str, ...]:
     """The roles that the configs ask for."""
     parts = record_of(model).parts
     roles = [role for method, config in parts for role in method.wanted_roles(config)]
-    if merged_settings(parts, anatomy.shape_of(model.config)) is not None:
+    if merged_settings(parts, anatomy.shape_of(model)) is not None:
         roles.append("lora")
     return tuple(dict.fromkeys(roles))
 

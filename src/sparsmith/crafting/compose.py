@@ -9,14 +9,16 @@ from sparsmith.methods import registry
 from sparsmith.methods.base import LoraSettings, Method, MethodConfig
 
 
-def check_composition(configs: Sequence[MethodConfig]) -> None:
-    """Refuse, by name, an empty list, a method twice, a pair in conflict, and two owners of the task loss."""
+def check_composition(configs: Sequence[MethodConfig], task: str = "causal_lm") -> None:
+    """Refuse, by name, an empty list, a method that does not do the task, a method twice, a pair in conflict, and two owners of the task
+    loss."""
     if not configs:
         raise MethodError(
             "methods", "an empty list", "at least one method", "Known: " + ", ".join(registry.names()) + "."
         )
     methods = [registry.of(config) for config in configs]
     names = [method.name for method in methods]
+    _check_task(methods, task)
     for name in names:
         if names.count(name) > 1:
             raise MethodError("methods", f"`{name}` twice", "each method once", "Use stages to apply a method again.")
@@ -36,6 +38,18 @@ def check_composition(configs: Sequence[MethodConfig]) -> None:
         raise MethodError(
             "methods", " and ".join(owners), "at most one method that owns the task loss", "Drop one of them."
         )
+
+
+def _check_task(methods: Sequence[Method], task: str) -> None:
+    for method in methods:
+        if task not in method.tasks:
+            doing = [name for name in registry.names() if task in registry.get(name).tasks]
+            raise MethodError(
+                "methods",
+                f"`{method.name}`, which does {' and '.join(method.tasks)}, for the task {task}",
+                f"a method that does {task}",
+                f"Methods that do: {', '.join(doing)}." if doing else "No installed method does; use causal_lm.",
+            )
 
 
 def _check_alone(parts: Sequence[tuple[Method, MethodConfig]]) -> None:

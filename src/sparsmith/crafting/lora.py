@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsmith import anatomy
-from sparsmith.crafting.lora_count import target_names
+from sparsmith.crafting.lora_count import target_paths
 from sparsmith.methods.base import LoraSettings
 from sparsmith.seeds import stream_seed
 
@@ -27,14 +27,19 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
         MethodError: a target name that the family does not have.
     """
     row = anatomy.anatomy_of(model)
-    wanted = target_names(row, settings)
-    # c_proj of GPT-2 names an attention and an FFN linear: the parent tells them apart, and both are wanted then
-    blocks = {id(module) for block in anatomy.blocks(model) for module in block.modules()}
-    return [
-        name
-        for name, module in model.named_modules()
-        if id(module) in blocks and name.rsplit(".", 1)[-1] in wanted and hasattr(module, "weight")
-    ]
+    wanted = [(path, *row.linears[path]) for path in target_paths(row, settings)]
+    inside = {
+        id(module)
+        for block in anatomy.blocks(model)
+        for path, module in block.named_modules()
+        if hasattr(module, "weight") and any(_is_linear(path, *one) for one in wanted)
+    }
+    return [name for name, module in model.named_modules() if id(module) in inside]
+
+
+def _is_linear(path: str, wanted: str, part: str, name: str) -> bool:
+    """Whether a module of a block is the wanted linear: at its path, or further inside its part, where a method has wrapped that."""
+    return path == wanted or bool(part) and path.startswith(f"{part}.") and path.endswith(f".{name}")
 
 
 def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:

@@ -26,25 +26,32 @@ def merged_settings(parts: Sequence[tuple[Method, MethodConfig]], shape: ModelSh
     return next(iter(asked.values()), None)
 
 
-def target_names(row: Anatomy, settings: LoraSettings) -> tuple[str, ...]:
-    """The linears (their last path component) that get a LoRA.
+def target_paths(row: Anatomy, settings: LoraSettings) -> tuple[str, ...]:
+    """Paths inside a block of the linears that get a LoRA. A target is such a path, or the end of one: of several, all are meant
+    (`c_proj` of GPT-2 names an attention and an FFN linear).
 
     Raises:
         MethodError: a name that the family does not have.
     """
-    known = tuple(dict.fromkeys((*row.attention_linears, *row.ffn_linears)))
-    wanted = known if settings.targets == "all-linear" else settings.targets
-    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    paths = tuple(row.linears)
+    if settings.targets == "all-linear":
+        return paths
+    wanted = (settings.targets,) if isinstance(settings.targets, str) else tuple(settings.targets)
     for name in wanted:
-        if name not in known:
+        if not any(_ends(path, name) for path in paths):
+            known = tuple(dict.fromkeys((*(path.rsplit(".", 1)[-1] for path in paths), *paths)))
             raise MethodError("lora.targets", f"`{name}`", "a linear of this family", nearest(name, known))
-    return wanted
+    return tuple(path for path in paths if any(_ends(path, name) for name in wanted))
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 def lora_parameters_of(settings: LoraSettings | None, row: Anatomy, shape: ModelShape) -> int:
     """r * (in + out) for every targeted linear of every block; 0 without a LoRA."""
     if settings is None:
         return 0
-    wanted = target_names(row, settings)
-    sizes = [i + o for name, (i, o) in shape.linears.items() if name.rsplit(".", 1)[-1] in wanted]
+    wanted = target_paths(row, settings)
+    sizes = [i + o for path, (i, o) in shape.linears.items() if path in wanted]
     return shape.layers * settings.r * sum(sizes)

@@ -66,7 +66,7 @@ def activation_bytes(
     kept = shape.layers * block + method
     if checkpointing:
         kept = shape.layers * shape.hidden * width + block + method / max(shape.layers, 1)
-    head = shape.vocab * 4 * 0.5 + 2 * shape.hidden * width
+    head = shape.head_width * 4 * 0.5 + 2 * shape.hidden * width
     return round(tokens * (kept + head))
 
 

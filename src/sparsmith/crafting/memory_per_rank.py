@@ -116,7 +116,7 @@ def _fsdp2(load: Load, ranks: int) -> RankMemory:
     shape, width = load.shape, BYTES[load.dtype]
     linears = 0 if load.quant != "none" else shape.attention_params + shape.ffn_params
     block = ((linears + shape.norm_params) * width + 4 * load.added) / shape.layers
-    head = shape.vocab * shape.hidden * width
+    head = shape.head_width * shape.hidden * width
     return RankMemory(
         weights=round(sharded_weights(load, ranks) + 2 * block + head),
         gradients=round(4 * load.trained / ranks + 4 * load.trained / shape.layers),

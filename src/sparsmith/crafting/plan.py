@@ -102,6 +102,8 @@ def plan(
     batch_size: int | None = None,
     optimizer: str = "adamw_torch",
     gradient_checkpointing: bool = False,
+    task: str | None = None,
+    classes: int | None = None,
 ) -> Plan:
     """Plan the crafting of `base`.
 
@@ -111,13 +113,16 @@ def plan(
         dtype, quant: number type and quantisation of the frozen base.
         max_length: tokens per row; micro_batch: rows per forward; batch_size: rows per step of all GPUs (default: `micro_batch`).
         optimizer: a name that the Trainer knows.
+        task: `causal_lm` or `seq_cls` of so many `classes`; absent = what the model, or the checkpoint, is for.
 
     Raises:
         UnsupportedAnatomy, MethodError, CheckpointError.
     """
     configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
-    check_composition(configs)
     name, hf_config = _config_of(base)
+    task = task or anatomy.task_of(base if hasattr(base, "named_parameters") else hf_config)
+    hf_config = anatomy.for_task(hf_config, task, classes)
+    check_composition(configs, task)
     row, shape = anatomy.of(hf_config), anatomy.shape_of(hf_config)
     pairs = [(registry.of(c), c) for c in configs]
     plans = [method.plan(c, row, shape) for method, c in pairs]
@@ -186,6 +191,8 @@ def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
         batch_size=recipe.train.batch_size,
         optimizer=recipe.train.optimizer,
         gradient_checkpointing=recipe.train.gradient_checkpointing,
+        task=recipe.model.task,
+        classes=recipe.model.num_labels,
     )
 
 
@@ -195,7 +202,7 @@ def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: i
     Training: the frozen weights are passed forward and once backward (to their inputs), or not at all backward where every method says
     so; trained ones twice backward; `whole`: the base itself trains.
     """
-    linear = shape.layers * sum(i * o for i, o in shape.linears.values()) + shape.vocab * shape.hidden
+    linear = shape.layers * sum(i * o for i, o in shape.linears.values()) + shape.head_width * shape.hidden
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)

@@ -124,12 +124,12 @@ class CraftContext:
 
 @dataclass
 class Batch:
-    """One micro-batch as the methods see it. B rows of S tokens."""
+    """One micro-batch as the methods see it. B rows of S tokens; of a classifier each row is a text, never several packed."""
 
     input_ids: Tensor
     """(B, S) int64"""
     labels: Tensor
-    """(B, S) int64, -100 = no loss; not shifted"""
+    """(B, S) int64, -100 = no loss; not shifted. Of a classifier (B,) int64, the class."""
     token_mask: Tensor
     """(B, S) bool, False = padding"""
     domain: Tensor | None = None
@@ -150,6 +150,9 @@ class Method:
     """True where the method computes the task loss itself; at most one of a composition may."""
     reads_batches: ClassVar[bool] = True
     """False where `metrics` says nothing of the rows that ran, so that a run need not measure its evaluation rows for them."""
+    tasks: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    """What the method can be tuned for: `causal_lm`, `seq_cls`. Of a classifier it names the class head as its role `classifier`
+    (`anatomy.classifier_tensors`), else the head would not train."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method's name -> why the two cannot be combined."""
 
