@@ -43,6 +43,8 @@ class Anatomy:
     token_types: bool = False
     """Embeddings of the kinds of segments, `type_vocab_size` of them."""
     embedding_norm: bool = False
+    positions_after_padding: bool = False
+    """True where a text's positions are counted on from the padding token's id, so that the table holds so many fewer."""
     attention_linears: tuple[str, ...] = _SPLIT_ATTENTION
     ffn_linears: tuple[str, ...] = _GATED
     ffn_kind: Literal["gated", "fused_gated", "plain"] = "gated"
@@ -175,7 +177,9 @@ _ROWS: list[Anatomy] = [
         ffn_bias="all",
     ),
     _encoder("bert", classifier_kind="biased", pooler="bert.pooler.dense", other_heads=("cls.",)),
-    _encoder("roberta", classifier_kind="dense", other_heads=("lm_head.", "roberta.pooler.")),
+    _encoder(
+        "roberta", classifier_kind="dense", positions_after_padding=True, other_heads=("lm_head.", "roberta.pooler.")
+    ),
 ]
 
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")

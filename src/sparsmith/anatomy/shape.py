@@ -131,7 +131,9 @@ def shape_of(subject: Any) -> ModelShape:
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     queries, keys = heads * head_dim, kv_heads * head_dim
     attention, ffn = _attention(row, hidden, queries, keys), _ffn(row, hidden, width)
-    max_length = getattr(config, "max_position_embeddings", 0) or 0
+    table = max_length = getattr(config, "max_position_embeddings", 0) or 0
+    if row.positions_after_padding:
+        max_length -= (config.pad_token_id or 0) + 1
     return ModelShape(
         model_type=config.model_type,
         hidden=hidden,
@@ -141,7 +143,7 @@ def shape_of(subject: Any) -> ModelShape:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=config.vocab_size,
-        positions=max_length if row.positions else 0,
+        positions=table if row.positions else 0,
         max_length=max_length,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         ffn_kind=row.ffn_kind,

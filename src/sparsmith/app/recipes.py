@@ -20,8 +20,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_paths:
     Raises:
         RecipeErrors: every fault at once, each with `file:line: key`.
     """
-    loaded = recipes.load_recipe(path, overrides, registry.config_classes(), check_paths=check_paths)
+    loaded = recipes.load_recipe(
+        path, overrides, registry.config_classes(), check_paths=check_paths, tasks_of=_tasks_of
+    )
     return recipes.with_absolute_paths(loaded, Path(path).absolute().parent)
+
+
+def _tasks_of(method: str) -> tuple[str, ...]:
+    """The tasks of a method; () for a name that is told as unknown elsewhere."""
+    return registry.get(method).tasks if method in registry.names() else ()
 
 
 def plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
@@ -37,4 +44,6 @@ def data_show(path: str | Path, overrides: Sequence[str] = (), *, rows: int = 3)
     from sparsmith.data import show
 
     recipe = load_recipe(path, overrides)
-    return show(recipe.data, load_tokenizer(recipe.model), n=rows, seed=recipe.train.seed)
+    return show(
+        recipe.data, load_tokenizer(recipe.model), n=rows, seed=recipe.train.seed, classes=recipe.model.num_labels
+    )

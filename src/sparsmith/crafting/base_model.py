@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsmith import anatomy
 from sparsmith.crafting.base_files import check_base_folder, check_config, refuse_other_size, refuse_recast
-from sparsmith.crafting.record import BaseRecord, attach_base
+from sparsmith.crafting.base_tokenizer import open_tokenizer, padded, padding_of
+from sparsmith.crafting.record import BaseRecord, attach_base, labels_of
 from sparsmith.errors import (
     CheckpointError,
     CheckpointMismatch,
+    CrossLayerStateError,
     EnvironmentFault,
-    MethodError,
     SparsmithError,
+    UnknownAnatomy,
     nearest,
 )
 from sparsmith.recipe import is_hub_id
@@ -20,6 +23,7 @@ from sparsmith.recipe import is_hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsmith.crafting.class_head import ClassHead
     from sparsmith.recipe.schema import ModelSettings
 
 EMBEDDED = "embedded"
@@ -53,8 +57,14 @@ def refuse_absent(path: str) -> None:
     )
 
 
-def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrainedModel:
+def load_base(
+    settings: ModelSettings, base_dir: Path | None = None, *, labels: tuple[str, ...] = (), seed: int = 42
+) -> PreTrainedModel:
     """The dense model that a recipe names, in evaluation mode.
+
+    Args:
+        labels: of a classifier the names of its classes; () = as the checkpoint has them.
+        seed: of a classifier whose checkpoint has no class head: the run's.
 
     Raises:
         CheckpointError: the folder cannot be read, or is not safe to open.
@@ -63,10 +73,8 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
     """
     import torch
 
-    if settings.task != "causal_lm":
-        raise MethodError(
-            "model.task", settings.task, "causal_lm", "No installed method tunes a classifier; use task causal_lm."
-        )
+    from sparsmith.crafting.class_head import ClassHead
+
     path = resolve_base(settings.path, base_dir)
     refuse_absent(path)
     options: dict[str, Any] = {"dtype": "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)}
@@ -74,8 +82,14 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
         options["attn_implementation"] = settings.attention
     if settings.quant == "nf4":
         options["quantization_config"] = _nf4()
+    head = ClassHead(settings.num_labels, labels, seed) if settings.num_labels else None
     model = open_base(
-        path, revision=settings.revision, trust_remote_code=settings.trust_remote_code, shown=settings.path, **options
+        path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        shown=settings.path,
+        head=head,
+        **options,
     )
     attach_base(
         model,
@@ -85,23 +99,33 @@ def load_base(settings: ModelSettings, base_dir: Path | None = None) -> PreTrain
             revision=settings.revision,
             quant=settings.quant,
             dtype=str(model.dtype).removeprefix("torch."),
+            task=settings.task,
+            labels=labels_of(model),
         ),
     )
     return model.eval()
 
 
 def open_base(
-    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, shown: str = "", **options: Any
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    shown: str = "",
+    head: ClassHead | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
-    """A causal language model whose files hold exactly what its architecture asks for.
+    """A model whose files hold exactly what its architecture asks for; of a classifier the class head may be missing whole, and is drawn.
 
     Args:
-        path: a folder or hub id. shown: how the user wrote it. options: for transformers' `from_pretrained`.
+        path: a folder or hub id. shown: how the user wrote it. head: of a sequence classifier its classes; None = a causal language model.
+            options: for transformers' `from_pretrained`.
 
     Raises:
         CheckpointError, CheckpointMismatch: as `load_base`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import torch
+    from transformers import AutoConfig
 
     shown, folder = f"model.path {shown or path}", Path(path)
     rows = check_base_folder(folder) if folder.is_dir() else {}
@@ -109,19 +133,28 @@ def open_base(
     try:
         config = AutoConfig.from_pretrained(path, **remote)
         check_config(shown, {**config.to_dict(), "attn_implementation": config._attn_implementation})
+        if head is not None:
+            row = anatomy.require_task(config, anatomy.SEQ_CLS)
+            head.enter(config, padding_of(path, config, **remote))
+        else:
+            _refuse_encoder(config)
         quantised = getattr(config, "quantization_config", None)
         if rows and quantised is None:  # quantised tensors are packed
             refuse_other_size(f"{path}/config.json", config, rows)
-        model, info = open_strictly(
-            AutoModelForCausalLM, path, config=config, use_safetensors=True, **remote, **options
-        )
+        opener = auto_class(anatomy.CAUSAL_LM if head is None else anatomy.SEQ_CLS)
+        with torch.random.fork_rng(
+            enabled=head is not None
+        ):  # the library draws a missing head from the global generator
+            model, info = open_strictly(opener, path, config=config, use_safetensors=True, **remote, **options)
+        if head is not None:
+            info = head.settle_info(str(path), row, model, info)
     except SparsmithError:
         raise
     except Exception as fault:  # a broken folder makes transformers raise almost anything
         raise CheckpointError(
             shown,
             " ".join(str(fault).split())[:300],
-            "a folder or hub id of a Hugging Face causal language model",
+            "a folder or hub id of a Hugging Face model for this task",
             "Check the path; a folder needs config.json and safetensors weights.",
         ) from fault
     refuse_partial(path, info)
@@ -137,40 +170,34 @@ def open_base(
     return model
 
 
+def auto_class(task: str) -> Any:
+    """The class of transformers that opens a model of the task."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if task == anatomy.SEQ_CLS else AutoModelForCausalLM
+
+
+def _refuse_encoder(config: Any) -> None:
+    try:
+        anatomy.require_task(config, anatomy.CAUSAL_LM)
+    except (UnknownAnatomy, CrossLayerStateError):  # told where an anatomy is needed; a plug-in may know it
+        return
+
+
 def load_tokenizer(settings: ModelSettings, base_dir: Path | None = None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; a padding token is chosen where it has none (eos, which the padding mask keeps apart)."""
+    """The base's tokenizer; a padding token is chosen where it has none: of a language model eos, which the padding mask keeps apart, of a
+    classifier the one that its config will name."""
     path = resolve_base(settings.path, base_dir)
     refuse_absent(path)
     tokenizer = open_tokenizer(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    if settings.task == anatomy.SEQ_CLS:
+        return padded(tokenizer, path, settings)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"model.path {settings.path}", "a tokenizer without eos", "an end-of-sequence token", "Set eos_token."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def open_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, tried on a word.
-
-    Raises:
-        CheckpointError: there is none, or its files are spoilt.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        tokenizer.encode("word")
-    except BaseException as fault:  # a spoilt file makes transformers raise almost anything, and its Rust part a panic
-        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
-            raise
-        raise CheckpointError(
-            f"tokenizer of {path}",
-            " ".join(str(fault).split())[:300] or type(fault).__name__,
-            "a tokenizer beside the weights",
-            "Add tokenizer.json and tokenizer_config.json to the folder, as they were published.",
-        ) from fault
     return tokenizer
 
 

@@ -161,13 +161,17 @@ def _open_base(folder: Path, identity: Identity, base: Any, trust_remote_code: b
             "Tell where it is: sparsmith.load(path, base=FOLDER), or base=MODEL.",
         )
     settings: dict[str, Any] = {"path": place, "quant": row.quant, "revision": row.revision if base is None else None}
+    if row.task != "causal_lm":
+        settings |= {"task": row.task, "num_labels": len(row.labels)}
     return load_base(
         ModelSettings(
             **settings,
             dtype=cast(Any, row.dtype),
             attention=cast(Any, _attention(row)),
             trust_remote_code=trust_remote_code,
-        )
+        ),
+        labels=row.labels,
+        seed=identity.seed,
     )
 
 
@@ -186,6 +190,8 @@ def _check_base(folder: Path, identity: Identity, dense: PreTrainedModel, check:
             row.quant,
             "The LoRA was trained around the rounding errors of the quantised base: elsewhere it is another function.",
         )
+    if row.task != found.task:
+        raise CheckpointMismatch(f"{where}.task", found.task, row.task, "Load the base for the task of the delta.")
     if row.dtype != found.dtype:
         raise CheckpointMismatch(f"{where}.dtype", found.dtype, row.dtype, "Load the base in the recorded number type.")
     place = weights_folder(found)

@@ -18,7 +18,7 @@ from torch import nn
 from sparsmith import auto, durable
 from sparsmith.crafting import tensors as strict
 from sparsmith.crafting.base_files import check_config, refuse_other_size
-from sparsmith.crafting.base_model import open_strictly, refuse_partial
+from sparsmith.crafting.base_model import auto_class, open_strictly, refuse_partial
 from sparsmith.crafting.delta import role_of
 from sparsmith.crafting.identity import Identity, compare, identify, our_version, plain, write_identity
 from sparsmith.crafting.record import CraftRecord, attach, record_of
@@ -143,7 +143,8 @@ def _add_model_code(model: PreTrainedModel, folder: Path, sources: tuple[str, ..
     module = f"modeling_{model.config.model_type}"
     (folder / f"{module}.py").write_text(inline(sources, our_version()), encoding="utf-8")
     config = durable.read_json(folder / CONFIG)
-    config["auto_map"] = {"AutoConfig": f"{module}.{config_class}", "AutoModelForCausalLM": f"{module}.{model_class}"}
+    opener = auto_class(record_of(model).base.task).__name__
+    config["auto_map"] = {"AutoConfig": f"{module}.{config_class}", opener: f"{module}.{model_class}"}
     config["architectures"] = [model_class]
     config.get("base_config", {}).pop("_name_or_path", None)  # a path of this machine
     (folder / CONFIG).write_text(durable.json_text(config), encoding="utf-8")
@@ -155,11 +156,9 @@ def _with_roles(model: PreTrainedModel, rows: dict[str, tuple]) -> list[tuple[tu
 
 
 def _open(folder: Path, identity: Identity) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     config = cast(dict[str, Any], identity.model_config_json)
     known: type | None = auto.real_class(str(config.get("model_type")))
-    opener: Any = known or AutoModelForCausalLM
+    opener: Any = known or auto_class(identity.base.task)
     attention = identity.base.attention
     options = {"attn_implementation": attention} if attention else {}
     try:

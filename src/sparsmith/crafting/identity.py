@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import ValidationError
 
@@ -45,6 +45,9 @@ class BaseIdentity(StrictModel):
     fast_hash: str | None
     """sha256 over the headers and the first MiB of the weight files; None for a base that lay in no file."""
     full_hash: str | None
+    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
+    labels: tuple[str, ...] = ()
+    """Of a classifier the names of its classes."""
 
 
 class _Slice(StrictModel):
@@ -76,7 +79,18 @@ class Identity(StrictModel):
 
     def core(self) -> dict[str, Any]:
         """The part that a delta repeats in the header of its weights, so that an edit of either is seen."""
-        return self.model_dump(mode="json", exclude={"tensors", "model_config_json", "slice"})
+        return self._dump({"tensors", "model_config_json", "slice"})
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file holds: a key that is absent by default and in fact is left out, as in files of before it was known."""
+        return self._dump({"slice"} if self.slice is None else set())
+
+    def _dump(self, without: set[str]) -> dict[str, Any]:
+        data = self.model_dump(mode="json", exclude=without)
+        if self.base.task == "causal_lm":
+            for key in ("task", "labels"):
+                del data["base"][key]
+        return data
 
     def rows(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype name), as `tensors.compare_tables` wants it."""
@@ -108,7 +122,8 @@ class Identity(StrictModel):
 
     def base_record(self) -> BaseRecord:
         folder = Path(self.base.folder) if self.base.folder else None
-        return BaseRecord(self.base.id, folder, self.base.revision, self.base.quant, self.base.dtype)
+        row = self.base
+        return BaseRecord(row.id, folder, row.revision, row.quant, row.dtype, row.task, row.labels)
 
 
 def our_version() -> str:
@@ -145,6 +160,8 @@ def identify(
             config=dense_config(model),
             fast_hash=base_hash(folder, "fast"),
             full_hash=base_hash(folder, "full"),
+            task=cast(Any, record.base.task),
+            labels=record.base.labels,
         ),
         frozen_hash=frozen_hash,
         model_config_json=model_config,
@@ -197,8 +214,7 @@ def base_hash(folder: Path | None, mode: Literal["fast", "full"]) -> str | None:
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    absent = {"slice"} if identity.slice is None else set()
-    (folder / FILE).write_text(durable.json_text(identity.model_dump(mode="json", exclude=absent)), encoding="utf-8")
+    (folder / FILE).write_text(durable.json_text(identity.as_dict()), encoding="utf-8")
 
 
 def read_identity(folder: Path) -> Identity:

@@ -1,6 +1,7 @@
 """Proof 1: crafting leaves the function unchanged, seen on a probe batch.
 
-The probe is a fixed batch of token ids drawn from a named stream: two rows, the second shorter and padded, so that masks are used.
+The probe is a fixed batch of token ids drawn from a named stream: two rows, the second shorter and padded, so that masks are used. A
+classifier gives few numbers for a row, and has more rows.
 """
 
 from __future__ import annotations
@@ -10,30 +11,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsmith import anatomy
 from sparsmith.errors import ProofError
 from sparsmith.seeds import torch_generator
 
 PROBE_LENGTH = 24
 PROBE_PADDING = 7
+CLASSIFIER_ROWS = 8
 # A method whose algebra does not allow bitwise equality stays within rounding of float32 (promise 10).
 TOLERANCE = 1e-6
 
 
 def probe_batch(model: Any, seed: int) -> dict[str, torch.Tensor] | None:
-    """Token ids (2, 24) and their mask, on the model's device; None for a model without storage (meta device)."""
+    """Token ids (2, 24) and their mask, on the model's device; None for a model without storage (meta device). Of a classifier (8, 24),
+    every second row padded."""
     parameter = next(model.parameters())
     if parameter.device.type == "meta":
         return None
     vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocab, (2, PROBE_LENGTH), generator=torch_generator(seed, "proof.probe"))
+    classifies = anatomy.task_of(model) == anatomy.SEQ_CLS
+    rows = CLASSIFIER_ROWS if classifies else 2
+    ids = torch.randint(0, vocab, (rows, PROBE_LENGTH), generator=torch_generator(seed, "proof.probe"))
     mask = torch.ones_like(ids)
-    mask[1, PROBE_LENGTH - PROBE_PADDING :] = 0
+    mask[1::2, PROBE_LENGTH - PROBE_PADDING :] = 0
+    padding = getattr(model.config, "pad_token_id", None)
+    if classifies and padding is not None:  # where the class is read is told by the padding token
+        ids = torch.where(ids == padding, (padding + 1) % vocab, ids).masked_fill(mask == 0, padding)
     return {"input_ids": ids.to(parameter.device), "attention_mask": mask.to(parameter.device)}
 
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, seed: int) -> torch.Tensor | None:
-    """Logits (2, 24, V) of the probe in evaluation mode."""
+    """Logits (2, 24, V) of the probe in evaluation mode; of a classifier (8, classes)."""
     batch = probe_batch(model, seed)
     if batch is None:
         return None

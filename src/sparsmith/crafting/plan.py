@@ -119,10 +119,8 @@ def plan(
         UnsupportedAnatomy, MethodError, CheckpointError.
     """
     configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
-    name, hf_config = _config_of(base)
-    task = task or anatomy.task_of(base if hasattr(base, "named_parameters") else hf_config)
-    hf_config = anatomy.for_task(hf_config, task, classes)
-    check_composition(configs, task)
+    name, hf_config = _config_of(base, task, classes)
+    check_composition(configs, anatomy.task_of(hf_config))
     row, shape = anatomy.of(hf_config), anatomy.shape_of(hf_config)
     pairs = [(registry.of(c), c) for c in configs]
     plans = [method.plan(c, row, shape) for method, c in pairs]
@@ -211,7 +209,14 @@ def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: i
     return Flops(base, base + added, passes * base + 3 * tuned + 6 * lora, context)
 
 
-def _config_of(base: Any) -> tuple[str, Any]:
+def _config_of(base: Any, task: str | None, classes: int | None) -> tuple[str, Any]:
+    """(the base's name, its config, which says the task)."""
+    name, config = _read_config(base)
+    wanted = task or anatomy.task_of(base if hasattr(base, "named_parameters") else config)
+    return name, anatomy.for_task(config, wanted, classes)
+
+
+def _read_config(base: Any) -> tuple[str, Any]:
     if not isinstance(base, (str, Path)):
         config = getattr(base, "config", base)
         return str(getattr(config, "_name_or_path", "") or type(config).__name__), config

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsmith import anatomy
 from sparsmith.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class BaseRecord:
     revision: str | None = None
     quant: str = "none"
     dtype: str = "float32"
+    task: str = "causal_lm"
+    labels: tuple[str, ...] = ()
+    """Of a classifier the names of its classes."""
 
 
 @dataclass(frozen=True)
@@ -110,4 +114,13 @@ def base_of(model: nn.Module) -> BaseRecord:
     parameter = next(model.parameters(), None)
     dtype = str(parameter.dtype).removeprefix("torch.") if parameter is not None else "float32"
     quant = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "none"
-    return BaseRecord(id=name, folder=folder, quant=quant, dtype=dtype)
+    return BaseRecord(
+        id=name, folder=folder, quant=quant, dtype=dtype, task=anatomy.task_of(model), labels=labels_of(model)
+    )
+
+
+def labels_of(model: Any) -> tuple[str, ...]:
+    """Names of the classes of a sequence classifier, in order; () for a language model."""
+    if anatomy.task_of(model) != anatomy.SEQ_CLS:
+        return ()
+    return tuple(str(name) for _, name in sorted(model.config.id2label.items()))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsmith import anatomy
 from sparsmith.crafting.lora import ADAPTER
 from sparsmith.crafting.neutral import probe_logits
 from sparsmith.crafting.record import record_of
@@ -105,6 +106,8 @@ def settle(
     for method, config in record.parts:
         settled = method.settle(settled, config)
     settled = cast("PreTrainedModel", settled)
+    if record.base.task == anatomy.SEQ_CLS:
+        anatomy.narrow_classifier(settled, getattr(torch, record.base.dtype))
     before = probe_logits(settled, seed)
     count = dequantise(settled, dtype or getattr(torch, record.base.dtype))
     middle = probe_logits(settled, seed) if count else before

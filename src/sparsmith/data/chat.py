@@ -23,6 +23,8 @@ class ChatEncoder:
     """Encodes rows by the chat template."""
 
     recipe_template = "chat"
+    classes: int | None = None
+    ending: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Any, loss_on: str = "response") -> None:
         if not tokenizer.chat_template:
@@ -205,10 +207,13 @@ def unstable_template() -> RowFault:
     )
 
 
-def make_encoder(tokenizer: Any, template: str | None, loss_on: str) -> Any:
-    """The encoder that the recipe asks for."""
+def make_encoder(tokenizer: Any, template: str | None, loss_on: str, classes: int | None = None) -> Any:
+    """The encoder that the recipe asks for. `classes`: of a classifier how many there are."""
+    from sparsmith.data.classes import ClassEncoder
     from sparsmith.data.tokens import DEFAULT_TEMPLATE, TemplateEncoder
 
+    if classes is not None:
+        return ClassEncoder(tokenizer, template, classes)
     if template == "chat" or (template is None and tokenizer.chat_template):
         return ChatEncoder(tokenizer, loss_on)
     return TemplateEncoder(tokenizer, template or DEFAULT_TEMPLATE, loss_on)

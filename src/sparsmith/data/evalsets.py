@@ -9,7 +9,7 @@ from typing import Any
 from sparsmith.data.prepare import encode_rows, read_counts
 from sparsmith.data.rows import Reject, RowFault
 from sparsmith.data.sources import Example, read_rows
-from sparsmith.data.tokens import TokenRow
+from sparsmith.data.tokens import TokenRow, cut_ids
 from sparsmith.errors import DataError
 from sparsmith.recipe.schema import DataSettings, EvalSource
 
@@ -46,6 +46,8 @@ class EvalRow:
     """Options as tokens, without the eos: a sum of log-likelihoods over `labels` is the option's score."""
     answer_index: int | None = None
     """Which option is the reference."""
+    label: int | None = None
+    """The class, of a classifier's row, which has no other labels."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ class EvalSet:
         return [
             {
                 "input_ids": row.input_ids,
-                "labels": row.labels,
+                "labels": row.labels if row.label is None else row.label,
                 "domain": [self.domain_index] * len(row.input_ids),
                 "sample_ids": index,
             }
@@ -79,18 +81,18 @@ class EvalSet:
 
 def load_eval(source: EvalSource, domain_index: int, settings: DataSettings, encoder: Any, base_dir: Path) -> EvalSet:
     """Read and encode an eval source. Rows that cannot be held in `max_length` are left out and counted."""
-    rows = read_rows(source, settings.on_bad_row, base_dir, LIMIT_SEED)
+    rows = read_rows(source, settings.on_bad_row, base_dir, LIMIT_SEED, classes=encoder.classes)
     stop = (source.on_bad_row or settings.on_bad_row) == "stop"
     encoded = encode_rows(rows.rows, rows.rejects, encoder, settings, stop)
     counts = read_counts(rows) | {"domain": source.domain, "over_long": 0, "truncated": 0, "all_masked": 0}
     fitting: list[tuple[Example, TokenRow]] = []
     for example, tokens in encoded:
-        row, reason = _fit(example, tokens, settings)
+        row, reason = _fit(example, tokens, settings, encoder.ending)
         if reason:
             counts[reason] += 1
         if row is not None:
             fitting.append((example, row))
-    kept = _eval_rows(fitting, encoder)
+    kept = _eval_rows(fitting, encoder) if encoder.classes is None else _class_rows(fitting, encoder)
     if not kept:
         raise DataError(
             source.path, f"no row left: {counts}", "a row that can be evaluated", "Check data.max_length and `columns`."
@@ -103,7 +105,9 @@ def load_eval(source: EvalSource, domain_index: int, settings: DataSettings, enc
     return EvalSet(source.name, source.domain, domain_index, source, kept, counts, rows.rejects, rows.fingerprints)
 
 
-def _fit(example: Example, row: TokenRow, settings: DataSettings) -> tuple[TokenRow | None, str]:
+def _fit(
+    example: Example, row: TokenRow, settings: DataSettings, ending: tuple[int, ...]
+) -> tuple[TokenRow | None, str]:
     """(the row as it is used, the count that it falls under)."""
     reason = ""
     if len(row.ids) > settings.max_length:
@@ -117,8 +121,25 @@ def _fit(example: Example, row: TokenRow, settings: DataSettings) -> tuple[Token
             )
         if settings.over_long == "drop":
             return None, "over_long"
-        row, reason = TokenRow(row.ids[: settings.max_length], row.trained[: settings.max_length]), "truncated"
-    return (row, reason) if any(row.trained) else (None, "all_masked")
+        row = TokenRow(cut_ids(row.ids, settings.max_length, ending), row.trained[: settings.max_length])
+        reason = "truncated"
+    return (row, reason) if any(row.trained) or example.label is not None else (None, "all_masked")
+
+
+def _class_rows(fitting: list[tuple[Example, TokenRow]], encoder: Any) -> list[EvalRow]:
+    """The rows of a classifier: nothing is written after their text."""
+    return [
+        EvalRow(
+            place=f"{example.file}:{example.line}",
+            prompt=encoder.prompt_text(example.messages),
+            prompt_ids=[],
+            completion=example.messages[-1]["content"],
+            input_ids=row.ids,
+            labels=[],
+            label=example.label,
+        )
+        for example, row in fitting
+    ]
 
 
 def _eval_rows(fitting: list[tuple[Example, TokenRow]], encoder: Any) -> list[EvalRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from sparsmith import durable
 from sparsmith.data import cache, mixture
 from sparsmith.data.chat import make_encoder
 from sparsmith.data.collate import Collator, pad_id_of
+from sparsmith.data.collate_classes import ClassCollator
 from sparsmith.data.evalsets import EvalSet, load_eval
 from sparsmith.data.prepare import TokenSet, prepare
 from sparsmith.data.rows import Reject, RowFault
+from sparsmith.data.selection import cut_selection
 from sparsmith.errors import RecipeError
-from sparsmith.recipe.schema import DataSettings
+from sparsmith.recipe.schema import DataSettings, SelectSettings
 
 
 class TrainRows(torch.utils.data.Dataset):
     """The training stream, map-style: row i is a function of i alone, so a resume starts at any index.
 
     An item holds input_ids, labels (-100 = not trained), position_ids and domain (int64 tensors of one length) and `sample_ids`, the
-    number of the row among all kept training rows (`LoadedData.place` gives its file and line).
+    number of the row among all kept training rows (`LoadedData.place` gives its file and line). Of a classifier `labels` is the class.
     """
 
     def __init__(self, sets: Sequence[TokenSet], domains: Sequence[int], source: np.ndarray, row: np.ndarray) -> None:
@@ -41,9 +43,12 @@ class TrainRows(torch.utils.data.Dataset):
         number, row = int(self.source[index]), int(self.row_of[index])
         ids, trained = self.sets[number].row(row)
         input_ids = torch.from_numpy(ids.astype(np.int64))
+        classifies = self.sets[number].labels is not None
         return {
             "input_ids": input_ids,
-            "labels": torch.where(torch.from_numpy(trained.copy()), input_ids, -100),
+            "labels": self.sets[number].label(row)
+            if classifies
+            else torch.where(torch.from_numpy(trained.copy()), input_ids, -100),
             "position_ids": torch.arange(len(input_ids)),
             "domain": torch.full_like(input_ids, self.domains[number]),
             "sample_ids": int(self.starts[number]) + row,
@@ -76,18 +81,22 @@ class LoadedData:
     """In the order of their first naming: training sources, then eval sources."""
     counts: dict[str, dict[str, dict[str, Any]]]
     """`train` and `eval` -> source -> read, rejected, filtered, limited, over_long, truncated, all_masked, kept,
-    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture.
+    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture, and `selection` where rows were cut for it.
 
-    read = rejected + filtered + limited + over_long + all_masked + kept."""
+    read = rejected + filtered + limited + over_long + all_masked + selection + kept."""
     fingerprints: dict[str, str]
     """File -> sha256."""
     rejects: dict[str, list[Reject]]
     """Bad rows by source; those of an eval source under `eval.<name>`."""
     encoder: Any
     settings: DataSettings
+    selection: dict[str, EvalSet] = field(default_factory=dict)
+    """Rows cut from the training sources, by source, by which the best point of the run is chosen."""
 
-    def collator(self, packing: bool | None = None, attention: str = "positions") -> Collator:
+    def collator(self, packing: bool | None = None, attention: str = "positions") -> Collator | ClassCollator:
         """The collator that the recipe asks for."""
+        if self.encoder.classes is not None:
+            return ClassCollator(pad_id_of(self.encoder.tokenizer), self.settings.max_length)
         packing = self.settings.packing if packing is None else packing
         return Collator(pad_id_of(self.encoder.tokenizer), packing, self.settings.max_length, attention)
 
@@ -122,6 +131,8 @@ def load_data(
     rows_needed: int | None = None,
     epochs: float | None = None,
     rejects: Path | str | None = None,
+    classes: int | None = None,
+    select: SelectSettings | None = None,
 ) -> LoadedData:
     """Read, encode and order the recipe's data.
 
@@ -132,19 +143,22 @@ def load_data(
         rows_needed: length of the training stream; absent = `epochs` epochs (default 1). 0 leaves the training sources
             unread, for evaluation alone.
         rejects: the folder where `on_bad_row: skip` writes `<source>.jsonl`; absent = they are only in the result.
+        classes: of a classifier how many there are; absent = rows for a language model.
+        select: of a classifier how many training rows are cut off to select by.
 
     Raises:
         DataError: a file or row that cannot be used. RecipeError: two sources with one name.
     """
     base_dir = Path(base_dir)
     _refuse_twins(settings)
-    encoder = make_encoder(tokenizer, settings.template, settings.loss_on)
+    encoder = make_encoder(tokenizer, settings.template, settings.loss_on, classes)
     cache_dir = base_dir / Path(settings.cache).expanduser() if settings.cache else cache.default_dir()
     domains = list(dict.fromkeys(source.domain for source in (*settings.train, *settings.eval)))
     sources = settings.train if rows_needed != 0 else ()
     sets = [prepare(source, source.domain, settings, encoder, base_dir, seed, cache_dir) for source in sources]
     held_out = {s.name: load_eval(s, domains.index(s.domain), settings, encoder, base_dir) for s in settings.eval}
 
+    selection = cut_selection(sets, select, seed, domains) if select is not None and sets else {}
     train = _stream(settings, sets, domains, seed, rows_needed, epochs)
     bad = {one.name: one.rejects for one in sets if one.rejects}
     bad |= {f"eval.{one.name}": one.rejects for one in held_out.values() if one.rejects}
@@ -159,6 +173,7 @@ def load_data(
         rejects=bad,
         encoder=encoder,
         settings=settings,
+        selection=selection,
     )
 
 

@@ -12,12 +12,13 @@ from sparsmith.data.collate import IGNORE
 
 if TYPE_CHECKING:
     from sparsmith.data.collate import Collator
+    from sparsmith.data.collate_classes import ClassCollator
     from sparsmith.data.load import TrainRows
 
 _CANDIDATES = 64  # micro-batches with the most tokens whose packing is tried; the largest tensor is among them
 
 
-def longest_batch(rows: TrainRows, collate: Collator, micro: int) -> dict[str, Tensor]:
+def longest_batch(rows: TrainRows, collate: Collator | ClassCollator, micro: int) -> dict[str, Tensor]:
     """The micro-batch of the stream whose tensors are the largest, with as many labels as the micro-batch that has the most.
 
     The head works on labelled tokens alone, and with a large vocabulary they weigh more than the rows' length; so further tokens are
@@ -36,7 +37,8 @@ def longest_batch(rows: TrainRows, collate: Collator, micro: int) -> dict[str, T
     number = max(shapes, key=lambda one: (shapes[one][0] * shapes[one][1], shapes[one][1]))
     stop = min((number + 1) * micro, len(rows))
     batch = collate([rows[index] for index in range(number * micro, stop)])
-    _label(batch, int(trained.sum(axis=1).max()))
+    if batch["labels"].dim() > 1:  # a classifier's head works on one token per row
+        _label(batch, int(trained.sum(axis=1).max()))
     return batch
 
 

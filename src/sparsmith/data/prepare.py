@@ -46,6 +46,10 @@ class TokenSet:
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """(kept rows,) int64, the rows that `fit` left."""
     max_length: int = 0
+    labels: np.ndarray | None = None
+    """(rows,) int32, the class of each row of a classifier."""
+    ending: tuple[int, ...] = ()
+    """Ids that a row which is cut keeps at its end."""
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -53,8 +57,29 @@ class TokenSet:
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, trained) of the kept row `index`, cut to `max_length`."""
         start, stop = self.offsets[self.kept[index]], self.offsets[self.kept[index] + 1]
-        stop = min(stop, start + self.max_length)
-        return self.ids[start:stop], self.trained[start:stop]
+        whole, stop = stop, min(stop, start + self.max_length)
+        ids = self.ids[start:stop]
+        if stop < whole and self.ending:
+            ids = np.concatenate([ids[: -len(self.ending)], np.array(self.ending, ids.dtype)])
+        return ids, self.trained[start:stop]
+
+    def label(self, index: int) -> int:
+        """The class of the kept row `index`."""
+        assert self.labels is not None
+        return int(self.labels[self.kept[index]])
+
+    def take_out(self, indices: np.ndarray, purpose: str) -> None:
+        """Leave out kept rows that serve another purpose, and count them."""
+        self.kept = np.delete(self.kept, indices)
+        tokens, trained = self.sizes()
+        self.counts.update(
+            {
+                purpose: len(indices),
+                "kept": len(self),
+                "tokens": int(tokens.sum()),
+                "trained_tokens": int(trained.sum()),
+            }
+        )
 
     def place(self, index: int) -> str:
         """`file:line` of the kept row `index`."""
@@ -87,7 +112,7 @@ class TokenSet:
             )
         used, trained = self._all_sizes(max_length)
         kept = np.ones(len(lengths), bool) if over_long == "truncate" else ~long
-        masked = kept & (trained == 0)
+        masked = kept & (trained == 0) & (self.labels is None)
         self.kept, self.max_length = np.flatnonzero(kept & ~masked), max_length
         self.counts.update(
             over_long=int(long.sum()) if over_long != "truncate" else 0,
@@ -112,6 +137,7 @@ def prepare(
         tokenizer_hash(encoder.tokenizer),
         settings.template,
         settings.loss_on,
+        *([] if encoder.classes is None else [encoder.classes]),
     )
     stored = cache.read(cache_dir, key) if cache_dir else None
     result = (
@@ -122,6 +148,7 @@ def prepare(
     if result.rejects and (source.on_bad_row or settings.on_bad_row) == "stop":
         raise result.rejects[0].error
     result.counts["domain"] = domain
+    result.ending = encoder.ending
     result.fit(settings.max_length, settings.over_long)
     if not len(result):
         raise DataError(
@@ -152,7 +179,7 @@ def encode_rows(
 def _encode(
     source: Source, settings: DataSettings, encoder: Any, base_dir: Path, seed: int, opened: OpenSource
 ) -> TokenSet:
-    rows = read_rows(source, settings.on_bad_row, base_dir, seed, opened)
+    rows = read_rows(source, settings.on_bad_row, base_dir, seed, opened, encoder.classes)
     stop = (source.on_bad_row or settings.on_bad_row) == "stop"
     encoded = encode_rows(rows.rows, rows.rejects, encoder, settings, stop)
     files = sorted({example.file for example, _ in encoded})
@@ -169,6 +196,7 @@ def _encode(
         rejects=rows.rejects,
         counts=read_counts(rows),
         fingerprints=rows.fingerprints,
+        labels=None if encoder.classes is None else np.array([example.label for example, _ in encoded], np.int32),
     )
 
 
@@ -184,7 +212,8 @@ def read_counts(rows: RowSet) -> dict[str, Any]:
 
 
 def _pack(tokens: TokenSet) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    arrays = {name: getattr(tokens, name) for name in ("ids", "trained", "offsets", "lines", "file_index")}
+    names = ("ids", "trained", "offsets", "lines", "file_index", *(() if tokens.labels is None else ("labels",)))
+    arrays = {name: getattr(tokens, name) for name in names}
     rejects = [
         {"file": bad.file, "line": bad.line, "raw": bad.raw, "error": bad.error.as_dict()} for bad in tokens.rejects
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsmith.data import hub, read_json, read_table
+from sparsmith.data.classes import find_label
 from sparsmith.data.columns import Columns, look_up
 from sparsmith.data.files import list_files, missing_file, read_bytes, without_mark
 from sparsmith.data.heldout import belongs
@@ -29,6 +30,8 @@ class Example:
     messages: Messages
     options: tuple[str, ...] | None = None
     """For rank classification; the assistant's last message is one of them."""
+    label: int | None = None
+    """The class, of a classifier's row; the assistant's last message is its name."""
 
 
 @dataclass
@@ -100,12 +103,14 @@ def read_rows(
     base_dir: Path | str = ".",
     seed: int = 42,
     opened: OpenSource | None = None,
+    classes: int | None = None,
 ) -> RowSet:
     """Read a source whole.
 
     Args:
         on_bad_row: `stop` raises the first bad row's `DataError`; `skip` collects them (`source.on_bad_row` comes first).
         seed: of the order from which `limit` takes its rows (the rows taken stay in file order).
+        classes: of a classifier's rows how many there are; each must then have one of them.
 
     Raises:
         DataError: a bad row, or a file that is missing, damaged or holds no good row.
@@ -116,7 +121,7 @@ def read_rows(
     columns = Columns(source.columns, source.name)
     for row in _all_rows(opened):
         result.read += 1
-        example = row if isinstance(row, Reject) else _example(row, result, source, columns)
+        example = row if isinstance(row, Reject) else _example(row, result, source, columns, classes)
         if isinstance(example, Example):
             result.rows.append(example)
         elif isinstance(example, Reject):
@@ -136,7 +141,9 @@ def _all_rows(opened: OpenSource) -> Iterator[Row | Reject]:
         yield from stream()
 
 
-def _example(row: Row, result: RowSet, source: Source, columns: Columns) -> Example | Reject | None:
+def _example(
+    row: Row, result: RowSet, source: Source, columns: Columns, classes: int | None = None
+) -> Example | Reject | None:
     """The example of a row, the reject, or None where `where` or `part` leaves it out."""
     try:
         if not all(_matches(key, wanted, row.values) for key, wanted in source.where.items()):
@@ -145,10 +152,12 @@ def _example(row: Row, result: RowSet, source: Source, columns: Columns) -> Exam
         if result.form == "auto":
             result.form = find_format(row.values, columns)
         wanted_options = getattr(source, "options", None)
-        values, options = row.values, None
+        values, options, label = row.values, None, None
         if wanted_options is not None:
             values, options, columns = find_options(wanted_options, row.values, columns)
-        example = Example(row.file, row.line, to_messages(result.form, values, columns), options)
+        if classes is not None:
+            label, values, columns = find_label(result.form, source.label_names, classes, values, columns)
+        example = Example(row.file, row.line, to_messages(result.form, values, columns), options, label)
     except RowFault as fault:
         return reject(fault, row.file, row.line, row.raw)
     if not belongs(example.messages, source):

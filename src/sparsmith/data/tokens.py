@@ -85,8 +85,17 @@ class Template:
         ]
 
 
+def cut_ids(ids: list[int], max_length: int, ending: tuple[int, ...] = ()) -> list[int]:
+    """The first `max_length` ids; where some go, `ending` stays at the end."""
+    return ids if len(ids) <= max_length else [*ids[: max_length - len(ending)], *ending]
+
+
 class TemplateEncoder:
     """Encodes rows by the recipe's template."""
+
+    classes: int | None = None
+    """Of a classifier's rows how many there are."""
+    ending: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Any, template: str = DEFAULT_TEMPLATE, loss_on: str = "response") -> None:
         self.tokenizer, self.loss_on = tokenizer, loss_on
@@ -166,13 +175,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def encode_plain(tokenizer: Any, texts: list[str], plain: bool = False) -> list[list[int]]:
-    """Ids of texts without bos and eos. `plain`: special tokens that the text spells are text."""
+def encode_plain(tokenizer: Any, texts: list[str], plain: bool = False, added: bool = False) -> list[list[int]]:
+    """Ids of texts without bos and eos. `plain`: special tokens that the text spells are text; `added`: with what the tokenizer adds."""
     if not texts:
         return []
     more = {"split_special_tokens": True} if plain else {}
     options = {
-        "add_special_tokens": False,
+        "add_special_tokens": added,
         "return_attention_mask": False,
         "return_token_type_ids": False,
         "verbose": False,

@@ -38,6 +38,15 @@ class ShownRow:
     trained_tokens: int
     pieces: tuple[tuple[str, bool], ...]
     """(text, trained) stretches; together the whole row, special tokens included."""
+    label: int | None = None
+    """The class, of a classifier's row."""
+
+    @property
+    def what(self) -> str:
+        """What of the row is learned."""
+        if self.label is not None:
+            return f"class {self.label}, {self.tokens} tokens"
+        return f"{self.trained_tokens} of {self.tokens} tokens trained"
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,7 @@ class DataView:
         """The view for a terminal without colours; trained text stands between « and »."""
         lines = []
         for row in self.rows:
-            lines.append(
-                f"--- {row.source} ({row.domain}) {row.place}: {row.trained_tokens} of {row.tokens} tokens trained"
-            )
+            lines.append(f"--- {row.source} ({row.domain}) {row.place}: {row.what}")
             lines.append("".join(f"«{text}»" if trained else text for text, trained in row.pieces))
         heads = ("use", "source", "domain", "format", "share", *COUNTS)
         table = [heads, *(tuple(_cell(record.get(head)) for head in heads) for record in self.counts)]
@@ -82,7 +89,7 @@ class DataView:
             text = Text()
             for piece, trained in row.pieces:
                 text.append(piece, style="bold green" if trained else "dim")
-            title = Text(f"{row.source} · {row.domain} · {row.trained_tokens} of {row.tokens} tokens trained")
+            title = Text(f"{row.source} · {row.domain} · {row.what}")
             parts.append(Panel(text, title=title, subtitle=Text(row.place), title_align="left", subtitle_align="right"))
         table = Table(title="Rows and tokens", title_justify="left")
         for head in ("use", "source", "domain", "format"):
@@ -105,9 +112,12 @@ def show(
     seed: int = 42,
     base_dir: Path | str = ".",
     rejects: Path | str | None = None,
+    classes: int | None = None,
 ) -> DataView:
     """Load the data and look at the first `n` rows of the training stream."""
-    data = load_data(settings, tokenizer, seed=seed, base_dir=base_dir, rows_needed=max(n, 1), rejects=rejects)
+    data = load_data(
+        settings, tokenizer, seed=seed, base_dir=base_dir, rows_needed=max(n, 1), rejects=rejects, classes=classes
+    )
     return view_of(data, n)
 
 
@@ -126,7 +136,9 @@ def view_of(data: LoadedData, n: int = 3) -> DataView:
 
 def _shown(data: LoadedData, index: int) -> ShownRow:
     item = data.train[index]
-    ids, trained = item["input_ids"].tolist(), (item["labels"] >= 0).tolist()
+    ids, labels = item["input_ids"].tolist(), item["labels"]
+    label = labels if isinstance(labels, int) else None
+    trained = [False] * len(ids) if isinstance(labels, int) else (labels >= 0).tolist()
     source = data.train.sets[int(data.train.source[index])].name
     domain = data.domains[int(item["domain"][0])]
     return ShownRow(
@@ -136,6 +148,7 @@ def _shown(data: LoadedData, index: int) -> ShownRow:
         len(ids),
         sum(trained),
         pieces(data.encoder.tokenizer, ids, trained),
+        label,
     )
 
 

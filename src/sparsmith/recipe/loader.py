@@ -19,6 +19,7 @@ from sparsmith.recipe.faults import report
 from sparsmith.recipe.overrides import apply_overrides
 from sparsmith.recipe.schema import Recipe
 from sparsmith.recipe.strict import StrictModel
+from sparsmith.recipe.task_checks import TasksOf, check_task
 from sparsmith.recipe.yaml_tree import Tree, decode, dump_yaml, parse
 
 MethodConfigs = Mapping[str, type[StrictModel]]
@@ -29,6 +30,7 @@ def load_recipe(
     overrides: Iterable[str] = (),
     method_configs: MethodConfigs | None = None,
     check_paths: bool = True,
+    tasks_of: TasksOf | None = None,
 ) -> Recipe:
     """Read, override and validate a recipe.
 
@@ -37,6 +39,8 @@ def load_recipe(
         overrides: `key=value` settings; a list is entered by index (`methods.0.top_k=1`).
         method_configs: method name -> settings class, `methods.registry.config_classes()`.
         check_paths: False = do not look whether the files exist (a recipe from another machine).
+        tasks_of: method name -> the tasks that it does; asked where the task is not causal_lm, because it loads the method. Absent = a
+            method that does not do the task is told by the plan.
 
     Raises:
         RecipeErrors: every fault, each with `file:line: key`, what was found and expected, and how to mend it.
@@ -49,7 +53,9 @@ def load_recipe(
         raise RecipeErrors(
             [RecipeError(str(path), f"no readable file ({reason})", "a recipe in YAML", "Check the path.")]
         ) from None
-    return load_text(decode_or_raise(raw, str(path)), str(path), overrides, method_configs, file.parent, check_paths)
+    return load_text(
+        decode_or_raise(raw, str(path)), str(path), overrides, method_configs, file.parent, check_paths, tasks_of
+    )
 
 
 def load_text(
@@ -59,6 +65,7 @@ def load_text(
     method_configs: MethodConfigs | None = None,
     base_dir: Path | None = None,
     check_paths: bool = True,
+    tasks_of: TasksOf | None = None,
 ) -> Recipe:
     """`load_recipe` for text that is not in a file; `name` stands for the file in messages."""
     try:
@@ -68,6 +75,7 @@ def load_text(
     apply_overrides(tree, overrides)
     recipe = _validated(tree, method_configs or {})
     check(tree, base_dir or Path.cwd(), check_paths)
+    check_task(tree, tasks_of)
     if tree.faults or recipe is None:
         raise RecipeErrors(sorted(tree.faults, key=_by_line))
     return recipe
@@ -105,7 +113,10 @@ def _validated(tree: Tree, method_configs: MethodConfigs) -> Recipe | None:
     except SparsmithError as error:  # raised by a method's own validator
         tree.fault(("methods",), error.found, error.expected, error.mend)
         return None
-    return Recipe.model_construct(**{name: getattr(checked, name) for name in checked.model_fields_set})
+    recipe = Recipe.model_construct(**{name: getattr(checked, name) for name in checked.model_fields_set})
+    if recipe.model.task != "seq_cls":
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
 
 
 @lru_cache(maxsize=8)

@@ -35,7 +35,9 @@ class ModelSettings(StrictModel):
     quant: Literal["none", "nf4"] = "none"
     """`nf4`: 4-bit NormalFloat base with double quantisation (bitsandbytes), bfloat16 compute."""
     task: Literal["causal_lm", "seq_cls"] = "causal_lm"
-    num_labels: PositiveInt | None = None
+    """`seq_cls`: a class for each text, of a decoder or an encoder; where the checkpoint has no class head one is drawn from the seed. Only
+    with methods that do it."""
+    num_labels: Annotated[int, Field(ge=2)] | None = None
     """Number of classes; required by `seq_cls` and refused otherwise."""
     revision: str | None = None
     """Revision of a hub id."""
@@ -75,12 +77,23 @@ class Source(StrictModel):
     """Which side of the `heldout` split this source reads; needs `heldout`."""
     on_bad_row: Literal["stop", "skip"] | None = None
     """Overrides `data.on_bad_row` for this source."""
+    labels: tuple[str | bool, ...] | None = None
+    """With task seq_cls: the names of the classes as this source's completions write them, in the order of their numbers; absent = the
+    completions are the numbers, from 0. The first training source that has them names the classes of the model."""
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """`labels` as text: YAML reads `true` as a boolean."""
+        return None if self.labels is None else tuple(map(as_label, self.labels))
 
     def clashes(self) -> Iterable[Clash]:
         if self.heldout and self.part == "all":
             yield Clash("part", "nothing", "`train` or `heldout`, as heldout is set", "Add `part`.")
         if self.part != "all" and not self.heldout:
             yield Clash("heldout", "nothing", f"the share to split by, as part is `{self.part}`", "Add `heldout: 0.1`.")
+        names = self.label_names or ()
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            yield Clash("labels", f"`{name}` twice", "a name for each class", "Rename one of them.")
         for field in self.columns:
             if field not in COLUMN_FIELDS:
                 yield Clash(
@@ -89,6 +102,11 @@ class Source(StrictModel):
                     "a field of a row",
                     nearest(field, COLUMN_FIELDS),
                 )
+
+
+def as_label(value: Any) -> str:
+    """A class's name as text."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class TrainSource(Source):
@@ -100,6 +118,7 @@ class TrainSource(Source):
 
 class EvalSource(Source):
     metrics: tuple[Literal["loss", "rank", "exact_match"], ...] = ("loss",)
+    """With task seq_cls `loss` alone, which brings the accuracy with it."""
     options: str | tuple[str, ...] | None = None
     """For `rank`: the column that holds the list of options, or the fixed options themselves."""
     extractor: Literal["exact", "first_line", "last_number", "after_marker", "first_word"] = "exact"
@@ -125,11 +144,11 @@ class DataSettings(StrictModel):
     eval: tuple[EvalSource, ...] = ()
     template: Text | None = None
     """Prompt text with the fields `{system}` and `{prompt}`; `chat` = the tokenizer's chat template; absent = the chat template
-    where the tokenizer has one, else `### Human:\\n{prompt}\\n### Assistant:\\n`."""
+    where the tokenizer has one, else `### Human:\\n{prompt}\\n### Assistant:\\n`; with task seq_cls absent = `{prompt}`."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per row."""
     packing: bool = True
-    """Put several rows in one of `max_length` tokens, attention block-diagonal."""
+    """Put several rows in one of `max_length` tokens, attention block-diagonal. Always off with task seq_cls: each text has a class."""
     over_long: Literal["drop", "truncate", "stop"] = "drop"
     """Rows of more than `max_length` tokens: left out, cut at the end (dropped where no answer token is left), or an error."""
     loss_on: Literal["response", "all"] = "response"
@@ -167,6 +186,17 @@ def _template_fault(template: str) -> str:
     return "" if "prompt" in fields else "no field {prompt}"
 
 
+class SelectSettings(StrictModel):
+    """With task seq_cls: the best of several points of the run is kept, chosen on rows that are cut from the training sources. No row that
+    is reported on takes part."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of the training rows, drawn from the seed."""
+    max_rows: PositiveInt = 1000
+    every: PositiveInt
+    """Steps between two looks; the last step is looked at too."""
+
+
 class TrainSettings(StrictModel):
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -198,6 +228,8 @@ class TrainSettings(StrictModel):
     eval_every: PositiveInt | None = None
     """Steps between measurements of the held-out loss; absent = only before and after."""
     log_every: PositiveInt = 10
+    select: SelectSettings | None = None
+    """Absent = the weights of the last step are kept."""
     seed: Annotated[int, Field(ge=0)] = 42
     threads: PositiveInt | None = None
     """CPU threads; absent = torch's default."""
@@ -225,6 +257,13 @@ class TrainSettings(StrictModel):
             yield from self.without_effect(["warmup"], "schedule constant_with_warmup, cosine or linear")
         if self.save_every is None:
             yield from self.without_effect(["keep"], "save_every")
+        if self.select and self.steps and self.select.every >= self.steps:
+            yield Clash(
+                "select.every",
+                f"`{self.select.every}`",
+                f"fewer than {self.steps} steps, or there is no choice",
+                "Lower it.",
+            )
 
 
 class ProofSettings(StrictModel):
