@@ -26,15 +26,15 @@ def main(request_file: str) -> None:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     torch.set_num_threads(request["threads"])
     transformers.logging.set_verbosity_error()
     folder, work = request["folder"], Path(request["work"])
     answer: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
     if request["needs_code"]:
-        answer["refused_without_code"] = refuses(AutoModelForCausalLM, folder)
-    opener: Any = AutoModelForCausalLM
+        answer["refused_without_code"] = refuses(getattr(transformers, request["opener"]), folder)
+    opener: Any = getattr(transformers, request["opener"])
     model, info = opener.from_pretrained(
         folder,
         dtype="auto",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsmith import anatomy
+from sparsmith.crafting.base_model import auto_class
 from sparsmith.crafting.identity import our_version
 from sparsmith.crafting.record import record_of
 from sparsmith.exporting.elsewhere import card
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from sparsmith.methods.base import Method, MethodConfig
 
 _OPEN = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {opener}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{path}"{code})
+model = {opener}.from_pretrained("{path}"{code})
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```"""
 
@@ -33,7 +34,7 @@ def model_card(model: PreTrainedModel, report: ExportReport, facts: dict[str, An
     parts = [
         _front_matter(model, report),
         f"# {report.path.name}\n\n{_what(model, report)}",
-        "## Open it\n\n" + _opening(report),
+        "## Open it\n\n" + _opening(model, report),
         "## Size\n\n" + _table(("", "count"), _sizes(report)),
         "## Method\n\n" + _methods(model),
         "## Proof\n\n" + _proofs(report, facts),
@@ -60,7 +61,8 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 def _front_matter(model: PreTrainedModel, report: ExportReport) -> str:
     methods = [method.name for method, _ in _made_by(model)]
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- sparsmith"]
+    pipeline = "text-classification" if anatomy.task_of(model) == anatomy.SEQ_CLS else "text-generation"
+    lines = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- sparsmith"]
     lines += [f"- {name}" for name in methods]
     return "---\n" + "\n".join(lines) + "\n---"
 
@@ -96,8 +98,9 @@ def _depth(report: ExportReport) -> str:
     return text + ("\n\n" + card(report.path.name, stock=not report.needs_code) if report.is_cut else "")
 
 
-def _opening(report: ExportReport) -> str:
-    text = _OPEN.format(path=report.path.name, code=", trust_remote_code=True" if report.needs_code else "")
+def _opening(model: PreTrainedModel, report: ExportReport) -> str:
+    code = ", trust_remote_code=True" if report.needs_code else ""
+    text = _OPEN.format(path=report.path.name, code=code, opener=auto_class(anatomy.task_of(model)).__name__)
     if report.needs_code:
         return text + (
             "\n\nThe folder brings its model code (`modeling_*.py`), which needs torch and transformers only. Where sparsmith is "

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsmith import anatomy
+from sparsmith.crafting.base_model import auto_class
 from sparsmith.crafting.neutral import probe_batch, probe_logits
 from sparsmith.errors import EnvironmentFault, ProofError
 
@@ -69,12 +71,13 @@ def prove(
             "needs_code": needs_code,
             "attention": getattr(model.config, "_attn_implementation", None),
             "device": str(model.device),
+            "opener": auto_class(anatomy.task_of(model)).__name__,
             "text": _TEXT if tokenizer is not None else None,
         }
         answer = _ask(request, Path(work), timeout)
         theirs = load_file(Path(work) / "logits.safetensors")["logits"]
     _check_answer(folder, answer, needs_code, tokenizer)
-    return _compare(folder, model.dtype, ours.cpu(), theirs, answer)
+    return _compare(folder, model.dtype, ours.cpu(), theirs, answer, batch["input_ids"].numel())
 
 
 def _ask(request: dict[str, Any], work: Path, timeout: float) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def _check_answer(folder: Path, answer: dict[str, Any], needs_code: bool, tokeni
         )
 
 
-def _compare(folder: Path, dtype: torch.dtype, ours: Any, theirs: Any, answer: dict[str, Any]) -> dict[str, Any]:
+def _compare(folder: Path, dtype: torch.dtype, ours: Any, theirs: Any, answer: dict[str, Any], tokens: int) -> dict[str, Any]:
     bitwise = torch.equal(ours, theirs)
     same_form = ours.shape == theirs.shape and ours.dtype == theirs.dtype
     value = (ours.double() - theirs.double()).abs().max().item() if same_form else float("inf")
@@ -133,4 +136,4 @@ def _compare(folder: Path, dtype: torch.dtype, ours: Any, theirs: Any, answer: d
     if not bitwise:
         result["reason"] = "other kernels were chosen for the reload; the difference is rounding"
     kept = ("torch", "transformers", "class", "refused_without_code")
-    return {**result, "tokens": ours.shape[0] * ours.shape[1], **{key: answer[key] for key in kept if key in answer}}
+    return {**result, "tokens": tokens, **{key: answer[key] for key in kept if key in answer}}

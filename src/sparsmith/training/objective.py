@@ -4,6 +4,8 @@ Being the outermost module, it lets DDP, FSDP2 and checkpointing hooks see every
 
     loss = sum over kept labels of CE / (kept labels of the whole accumulated batch) + sum over terms of weight * value * share
 
+Of a classifier a row has one label, its class, and the kept labels are its rows; all else is the same.
+
 `share` is this micro-batch's part of the kept labels, so that terms that are means over a micro-batch (a balance loss) are averaged over
 the accumulation with the same weights as the task loss. Of several ranks each returns its part: the sum over ranks is the loss, and a term
 that says `over_ranks` is weighted by the kept labels of all ranks' micro-batches, as one process with all their rows would.
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sparsmith import anatomy
 from sparsmith.crafting.record import record_of
@@ -35,13 +38,14 @@ class Objective(nn.Module):
     """
 
     accepts_loss_kwargs = True
-    # the Trainer then counts kept labels without position 0 of each row, as the shift below does
-    loss_type = "ForCausalLM"
 
     def __init__(self, model: Any, domains: int = 0) -> None:
         super().__init__()
         self.model: Any = model
         self.domains = domains
+        self.classifies = anatomy.task_of(model) == anatomy.SEQ_CLS
+        # told that it is a language model the Trainer counts kept labels without position 0 of each row, as the shift below does
+        self.loss_type = "ForSequenceClassification" if self.classifies else "ForCausalLM"
         record = record_of(model)
         self._parts: tuple[tuple[Method, MethodConfig], ...] = record.parts
         self._owner = next((part for part in record.parts if part[0].owns_objective), None)
@@ -62,7 +66,7 @@ class Objective(nn.Module):
 
         Args:
             input_ids: (B, S) int64.
-            labels: (B, S) int64, not shifted, -100 = no loss.
+            labels: (B, S) int64, not shifted, -100 = no loss; of a classifier (B,) int64, the classes.
             token_mask: (B, S) bool, False = padding.
             position_ids, attention_mask: as the model takes them; packed rows come without a mask.
             domain: (B, S) int64, -1 = none.
@@ -77,10 +81,11 @@ class Objective(nn.Module):
         batch = Batch(input_ids, labels, token_mask, domain, position_ids, attention_mask)
         for method, config in self._parts:
             method.before_forward(self.model, config, batch)
-        kept = labels[:, 1:].ne(-100).sum()
+        kept = self._targets(batch).ne(-100).sum()
         items = kept if num_items_in_batch is None else num_items_in_batch
         if self._owner is None:
-            task, statistics = self._task_loss(batch, items)
+            losses = self._class_losses(batch) if self.classifies else self._token_losses(batch)
+            task, statistics = losses.sum() / items, self._by_domain(batch, losses.detach())
         else:
             method, config = self._owner
             owned = method.task_loss(self.model, config, batch, items)
@@ -113,26 +118,30 @@ class Objective(nn.Module):
         """The crafted model's."""
         return self.model.get_output_embeddings()
 
-    def _task_loss(self, batch: Batch, items: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the next token; positions without a label are dropped before norm-to-head work is done."""
-        inputs = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "attention_mask": batch.attention_mask,
-        }
-        given = {name: value for name, value in inputs.items() if value is not None}
-        hidden = anatomy.backbone(self.model)(**given, use_cache=False).last_hidden_state
-        targets = batch.labels[:, 1:]
+    def _targets(self, batch: Batch) -> Tensor:
+        """What is predicted: (B, S - 1) tokens, or (B,) classes; -100 = not counted."""
+        return batch.labels if self.classifies else batch.labels[:, 1:]
+
+    def _token_losses(self, batch: Batch) -> Tensor:
+        """(P,) cross-entropies of the next token; positions without a label are dropped before norm-to-head work is done."""
+        hidden = anatomy.backbone(self.model)(**_inputs(batch), use_cache=False).last_hidden_state
+        targets = self._targets(batch)
         keep = targets.ne(-100)
-        losses = token_cross_entropy(lambda h: anatomy.logits_of(self.model, h), hidden[:, :-1][keep], targets[keep])
-        return losses.sum() / items, self._by_domain(batch, losses.detach())
+        return token_cross_entropy(lambda h: anatomy.logits_of(self.model, h), hidden[:, :-1][keep], targets[keep])
+
+    def _class_losses(self, batch: Batch) -> Tensor:
+        """(P,) cross-entropies of the rows that have a class."""
+        logits = self.model(**_inputs(batch), use_cache=False).logits
+        keep = batch.labels.ne(-100)
+        return functional.cross_entropy(logits[keep].float(), batch.labels[keep], reduction="none")
 
     def _by_domain(self, batch: Batch, losses: Tensor | None) -> dict[str, Tensor]:
         if batch.domain is None or not self.domains or losses is None:
             return {}
-        keep = batch.labels[:, 1:].ne(-100)
+        keep = self._targets(batch).ne(-100)
+        domain = batch.domain[:, 0] if self.classifies else batch.domain[:, 1:]
         # one slot more than domains: tokens of no domain (-1) fall into the last and are cut off
-        index = batch.domain[:, 1:][keep] % (self.domains + 1)
+        index = domain[keep] % (self.domains + 1)
         sums = losses.new_zeros(self.domains + 1).index_add_(0, index, losses)
         counts = losses.new_zeros(self.domains + 1).index_add_(0, index, torch.ones_like(losses))
         return {"domain_sum": sums[:-1], "domain_count": counts[:-1]}
@@ -165,6 +174,12 @@ class Objective(nn.Module):
     def is_activation_checkpointing(self) -> bool:
         """Read by the Trainer when it sets DDP up."""
         return bool(getattr(self.model, "is_activation_checkpointing", False))
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model's forward is given of a batch."""
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def _check_terms(method: str, terms: dict[str, Any], wanted: tuple[str, ...]) -> None:
