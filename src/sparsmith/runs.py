@@ -92,6 +92,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def selection(self) -> Path:
+        """Points that were measured to choose the best by, and its trained tensors; only with `train.select`."""
+        return self.root / "selection"
+
+    @property
     def model(self) -> Path:
         """The tuned model as a delta checkpoint."""
         return self.root / "model"

@@ -77,7 +77,9 @@ def test_encoders_name_their_linears_by_path():
     model = built("bert")
     config = HeadConfig(lora=LoraSettings(r=2, targets=("attention.output.dense", "query")))
     crafted = sm.craft(model, config)
-    held = {name.split(".lora_")[0].split("layer.")[1][2:] for name, _ in crafted.named_parameters() if ".lora_" in name}
+    held = {
+        name.split(".lora_")[0].split("layer.")[1][2:] for name, _ in crafted.named_parameters() if ".lora_" in name
+    }
     assert held == {"attention.output.dense", "attention.self.query"}
     assert tuple(row.linears)[-2:] == ("intermediate.dense", "output.dense")
     with pytest.raises(UnsupportedAnatomy, match="no module that is the ffn alone"):
@@ -154,7 +156,9 @@ def test_padding_is_named_where_neither_config_nor_tokenizer_has_one(tmp_path):
 def test_methods_for_other_tasks_are_refused_by_name():
     pesc = sm.PescConfig(num_experts=4, adapter_dim=16)
     for refused in (lambda: sm.craft(built("llama"), pesc), lambda: sm.plan(built("llama"), pesc)):
-        with pytest.raises(MethodError, match=r"`pesc`, which does causal_lm, for the task seq_cls.*Methods that do: .*head"):
+        with pytest.raises(
+            MethodError, match=r"`pesc`, which does causal_lm, for the task seq_cls.*Methods that do: .*head"
+        ):
             refused()
     with pytest.raises(MethodError, match="`head`, which does seq_cls, for the task causal_lm"):
         sm.craft(pico_model("llama"), HeadConfig())

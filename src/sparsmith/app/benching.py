@@ -102,6 +102,7 @@ class _Bench:
         from sparsmith.app.use import load_model, placed
         from sparsmith.data import load_data
         from sparsmith.evaluating import elastic_depths
+        from sparsmith.inference.faults import require_text
         from sparsmith.inference.profile import device_name, dtype_of
 
         self.settings = settings
@@ -112,6 +113,7 @@ class _Bench:
             )
         chosen = load_recipe(recipe, overrides) if recipe is not None else None
         model, self.tokenizer, own = load_model(target)
+        require_text(model, str(target))
         self.model, self.recipe = placed(model), own
         self.depths = elastic_depths(self.model)
         self.data = None

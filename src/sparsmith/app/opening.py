@@ -44,7 +44,7 @@ def opened(run: RunFolder, recipe: Recipe, warn: Callable[[str], None]) -> Itera
                 "a run that nobody tunes",
                 "Wait for it, or end it.",
             )
-        for place in (run.root, run.checkpoints):
+        for place in (run.root, run.checkpoints, run.selection):
             durable.clean_leftovers(place)
         if any(run.root.iterdir()):
             _check_own(run, recipe)

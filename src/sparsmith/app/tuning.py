@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsmith import durable, ranks
-from sparsmith.app import facts, guarding
+from sparsmith.app import facts, guarding, parts
 from sparsmith.app.guarding import Guard, guard_of
 from sparsmith.app.opening import opened, require_space
 from sparsmith.app.recipes import load_recipe
@@ -41,9 +41,10 @@ class Baseline:
         from sparsmith.evaluating import EvalResult
 
         self.result = EvalResult.from_json(durable.read_json(run.evaluation)["base"])
-        kept = ("domain", "set", "prompt", "reference")
+        kept = {"domain": "domain", "set": "set", "prompt": "prompt", "reference": "reference", "base": "answer"}
+        kept["base_probability"] = "probability"  # of a classifier
         self.samples = [
-            {**{key: sample[key] for key in kept}, "answer": sample["base"]}
+            {ours: sample[key] for key, ours in kept.items() if key in sample}
             for sample in durable.read_json(run.samples)
         ]
 
@@ -183,6 +184,8 @@ class _Session:
                 rows_needed=train.steps * train.batch_size if train.steps else None,
                 epochs=train.epochs,
                 rejects=self.run.rejects if ranks.is_first() else None,
+                classes=self.recipe.model.num_labels,
+                select=train.select,
             )
         self.steps = train.steps or len(self.data.train) // train.batch_size
         if not self.steps:
@@ -202,12 +205,11 @@ class _Session:
     def craft(self) -> None:
         """Load the base, measure it, craft it, hold the counts against the plan."""
         from sparsmith.crafting.apply import check_roles, craft
-        from sparsmith.crafting.base_model import load_base
         from sparsmith.crafting.record import record_of
         from sparsmith.training.sharding import for_reading
 
         with self._memory_told(f"loading {self.recipe.model.path}"):
-            base = load_base(self.recipe.model)
+            base = parts.load_base(self.recipe)
             self._to_device(base)
         if self.data.eval and not self.baseline.whole:
             cut = for_reading(base)
@@ -215,7 +217,7 @@ class _Session:
             self.baseline.samples = self._samples(base)
             if cut:  # crafting needs it in one piece again
                 del base
-                base = load_base(self.recipe.model)
+                base = parts.load_base(self.recipe)
         proven = self.recipe.proof.enabled
         configs = list(self.recipe.methods)
         self.model = craft(base, configs, inplace=True, seed=self.recipe.train.seed, proof=proven)  # type: ignore[arg-type]
@@ -229,7 +231,6 @@ class _Session:
 
     def train(self, checkpoint: Path | None) -> None:
         """The Trainer's loop, from `checkpoint` on."""
-        from sparsmith.data import Collator
         from sparsmith.training import Tuner
         from sparsmith.training.arguments import training_arguments
         from sparsmith.training.callbacks.dry_step import DryStep
@@ -246,7 +247,7 @@ class _Session:
             model=self.model,
             args=training_arguments(recipe.train, self.run.checkpoints, self.steps),
             train_dataset=self.data.train,
-            data_collator=Collator.of(recipe.data, self.tokenizer, self.model.config),
+            data_collator=parts.collator(recipe, self.tokenizer, self.model),
             domains=self.data.domains,
             moved_after=recipe.proof.looks_after,
             proven=self._moved,
@@ -262,6 +263,10 @@ class _Session:
             if checkpoint is None:
                 record({"step": 0, **self._losses(self.baseline.result)})
             tuner.add_callback(Evaluation(self._measure, record, recipe.train.eval_every, recorder.evaluated))
+        selection = parts.selection(recipe, self.run, self.model, self.data.selection, self.stop)
+        if selection is not None:
+            selection.take_up(step_of(checkpoint) if checkpoint else 0)
+            tuner.add_callback(selection)
         try:
             tuner.create_optimizer()
         except (ValueError, ImportError, RuntimeError) as fault:
@@ -279,6 +284,7 @@ class _Session:
         if self.stop.number is not None:
             mend = f"the checkpoint of step {step} is whole, and the same command goes on from it"
             raise self.stop.fault(f"in step {step}", mend)
+        self.selected = selection.restore() if selection is not None else None
         spent = tuner.spent
         self.train_seconds, tokens = spent["seconds"], spent["tokens"]
         self.tokens_per_second = tokens / self.train_seconds
@@ -319,6 +325,7 @@ class _Session:
             "machine": facts.machine(),
             "command": facts.command(),
             "seed": self.recipe.train.seed,
+            **({"selected": self.selected} if self.selected else {}),
             "steps": self.steps,
             "rows": rows,
             "tokens_trained": sum(len(self.data.train[i]["input_ids"]) for i in range(rows)),

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
-    """(model, tokenizer, the run's recipe) of a run, a checkpoint of ours, or any folder or hub id of a causal LM."""
+    """(model, tokenizer, the run's recipe) of a run, a checkpoint of ours, or any folder or hub id of a causal LM or a classifier."""
     from transformers.utils import logging
 
-    from sparsmith.crafting.base_model import load_base, load_tokenizer
+    from sparsmith.crafting.base_model import load_base, load_tokenizer, own_task
     from sparsmith.crafting.checkpoint import load
     from sparsmith.crafting.identity import FILE
     from sparsmith.recipe.schema import ModelSettings
@@ -34,11 +34,13 @@ def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
         return load(run.model), load_tokenizer(recipe.model), recipe
     if (Path(target) / FILE).is_file():
         model: Any = load(target)
-        settings = ModelSettings(path=str(target))
+        base = model.sparsmith.base
+        task: dict[str, Any] = {"task": base.task, "num_labels": len(base.labels) or None}
+        settings = ModelSettings(path=str(target), **task)
         if not (Path(target) / "tokenizer_config.json").is_file():
-            settings = ModelSettings(path=str(model.sparsmith.base.folder or model.sparsmith.base.id))
+            settings = ModelSettings(path=str(base.folder or base.id), **task)
         return model, load_tokenizer(settings), None
-    settings = ModelSettings(path=str(target), dtype="auto")
+    settings = ModelSettings(path=str(target), dtype="auto", **own_task(str(target)))
     return load_base(settings), load_tokenizer(settings), None
 
 
@@ -57,6 +59,7 @@ def evaluate(
     Returns:
         An `EvalResult`; of a depth-elastic model a `DepthResult`, which holds one for every depth.
     """
+    from sparsmith import anatomy
     from sparsmith.data import load_data
     from sparsmith.evaluating import elastic_depths, evaluate_depths
     from sparsmith.evaluating import evaluate as measure
@@ -65,9 +68,21 @@ def evaluate(
     chosen = load_recipe(recipe, overrides) if recipe is not None else own
     if chosen is None:
         raise UsageError(str(target), "no recipe", "a run, or --recipe with `data.eval`", "Add --recipe FILE.")
-    data = load_data(chosen.data, tokenizer, seed=chosen.train.seed, rows_needed=0)
+    classes = model.config.num_labels if anatomy.task_of(model) == anatomy.SEQ_CLS else None
+    if chosen.model.num_labels != classes:
+        raise UsageError(
+            str(recipe or target),
+            f"a recipe for {_task_words(chosen.model.num_labels)}",
+            f"one for {_task_words(classes)}, as the model is",
+            "Give a recipe of the same task.",
+        )
+    data = load_data(chosen.data, tokenizer, seed=chosen.train.seed, rows_needed=0, classes=classes)
     chosen_measure: Any = evaluate_depths if elastic_depths(model) else measure
     return chosen_measure(model, tokenizer, data.eval, seed=seed, domains=data.domains)
+
+
+def _task_words(classes: int | None) -> str:
+    return "the next token" if classes is None else f"{classes} classes"
 
 
 def generate(
@@ -95,9 +110,11 @@ def generate(
     from sparsmith.app.spent import Spent
     from sparsmith.data import render_prompt
     from sparsmith.inference import stream_text
+    from sparsmith.inference.faults import require_text
 
     mode = _with_own_files(target, mode)
     model, tokenizer, recipe = load_model(target)
+    require_text(model, str(target))
     ids = render_prompt(prompt, tokenizer, None if recipe is None else recipe.data.template, raw=raw)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     model = placed(model)

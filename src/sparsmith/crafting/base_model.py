@@ -170,6 +170,19 @@ def open_base(
     return model
 
 
+def own_task(path: str) -> dict[str, Any]:
+    """`task` and `num_labels` of the settings for a folder or hub id, as its own config says; {} where it cannot be read."""
+    from transformers import AutoConfig
+
+    from sparsmith.crafting.class_head import ClassHead
+
+    try:
+        head = ClassHead.of(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, KeyError):  # told by the load that follows
+        return {}
+    return {"task": anatomy.SEQ_CLS, "num_labels": head.classes} if head else {}
+
+
 def auto_class(task: str) -> Any:
     """The class of transformers that opens a model of the task."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsmith.data.collate import Collator
+    from sparsmith.data.collate_classes import ClassCollator
     from sparsmith.data.evalsets import EvalRow, EvalSet
     from sparsmith.data.load import LoadedData, load_data, render_prompt
     from sparsmith.data.sources import RowSet, read_rows
     from sparsmith.data.view import DataView, show
 
 _HOMES = {
+    "ClassCollator": "collate_classes",
     "Collator": "collate",
     "EvalRow": "evalsets",
     "EvalSet": "evalsets",
@@ -30,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ClassCollator",
     "Collator",
     "DataView",
     "EvalRow",

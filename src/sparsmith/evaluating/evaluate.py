@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from sparsmith import anatomy
 from sparsmith.bootstrap import RESAMPLES, RowScores
 from sparsmith.errors import DataError
 from sparsmith.evaluating.agreement import Reference
 from sparsmith.evaluating.batching import BATCH_TOKENS
+from sparsmith.evaluating.classify import class_scores
 from sparsmith.evaluating.exact_match import exact_match
 from sparsmith.evaluating.loss import OnBatch, heldout_loss
 from sparsmith.evaluating.rank import rank_classification
@@ -38,7 +40,7 @@ def evaluate(
     """Measure the model on every set.
 
     Args:
-        model: a causal LM, base or crafted; left in the mode it was in.
+        model: a causal LM or a sequence classifier, base or crafted; left in the mode it was in. Of a classifier `loss` brings `accuracy`.
         tokenizer: used by exact match alone; may be None where it is not asked for.
         eval_sets: sets of `sparsmith.data`, each with `source.metrics`.
         seed: of the bootstrap.
@@ -66,7 +68,11 @@ def evaluate(
                 continue
             if progress is not None:
                 progress(eval_set.name, metric)
-            if metric == "loss":
+            if metric == "loss" and anatomy.task_of(model) == anatomy.SEQ_CLS:
+                scores.update(
+                    class_scores(model, eval_set, batch_tokens=batch_tokens, on_batch=on_batch, domains=known)
+                )
+            elif metric == "loss":
                 chosen: list[Tensor] | None = None if reference is None else []
                 scores["loss"] = heldout_loss(
                     model, eval_set, batch_tokens=batch_tokens, on_batch=on_batch, domains=known, chosen=chosen

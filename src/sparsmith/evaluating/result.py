@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsmith.bootstrap import RESAMPLES, Figure, Figures, RowScores, Summary, paired_differences, summarise
 from sparsmith.errors import CheckpointError
-from sparsmith.evaluating.metrics import METRICS, NATS
+from sparsmith.evaluating.metrics import METRICS, NATS, words
 
 FORMAT = 1
 
@@ -49,12 +49,17 @@ class EvalResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
+        measured = {metric for metrics in self.rows.values() for metric in metrics}
         return {
             "format": FORMAT,
             "metrics": {
-                metric: {"title": words, "larger_is_better": larger, "unit": "nats" if metric in NATS else "share"}
-                for metric, (words, larger) in METRICS.items()
-                if any(metric in metrics for metrics in self.rows.values())
+                metric: {
+                    "title": words(metric, measured),
+                    "larger_is_better": larger,
+                    "unit": "nats" if metric in NATS else "share",
+                }
+                for metric, (_, larger) in METRICS.items()
+                if metric in measured
             },
             "sets": _plain(self.sets),
             "domains": _plain(self.domains),

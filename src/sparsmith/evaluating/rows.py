@@ -53,7 +53,8 @@ def rows_fingerprint(eval_set: EvalSet) -> str:
     """sha256 over tokens and labels of all rows: two results may be paired only where it is equal."""
     digest = hashlib.sha256()
     for row in eval_set.rows:
-        digest.update(repr((list(row.input_ids), list(row.labels))).encode())
+        known = list(row.labels) if row.label is None else row.label
+        digest.update(repr((list(row.input_ids), known)).encode())
     return digest.hexdigest()
 
 

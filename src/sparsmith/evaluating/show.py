@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsmith.bootstrap import Figure, Figures
-from sparsmith.evaluating.metrics import METRICS, NATS
+from sparsmith.evaluating.metrics import METRICS, NATS, words
 
-_SHOWN = ("loss", "agreement", "exact_match", "rank", "rank_by_token", "rank_by_byte")
+_SHOWN = ("loss", "accuracy", "agreement", "exact_match", "rank", "rank_by_token", "rank_by_byte")
 
 
 class Levels(Protocol):
@@ -51,12 +51,13 @@ def result_table(results: Mapping[str, Levels], *, title: str = "", by_set: bool
         table.add_column(head)
     for name in ("rows", *results):
         table.add_column(name, justify="right")
+    measured = {metric for result in results.values() for metric in result.overall}
     for metric in _SHOWN:
         for place, figures in _places(results, metric, by_set):
             best = best_of(figures, metric)
             cells = [_cell(figures.get(name), metric, name in best) for name in results]
             n = str(next(iter(figures.values())).n)
-            table.add_row(METRICS[metric][0], place, n, *cells, end_section=place == "mean of domains")
+            table.add_row(words(metric, measured), place, n, *cells, end_section=place == "mean of domains")
     return table
 
 

@@ -120,7 +120,9 @@ def _check_answer(folder: Path, answer: dict[str, Any], needs_code: bool, tokeni
         )
 
 
-def _compare(folder: Path, dtype: torch.dtype, ours: Any, theirs: Any, answer: dict[str, Any], tokens: int) -> dict[str, Any]:
+def _compare(
+    folder: Path, dtype: torch.dtype, ours: Any, theirs: Any, answer: dict[str, Any], tokens: int
+) -> dict[str, Any]:
     bitwise = torch.equal(ours, theirs)
     same_form = ours.shape == theirs.shape and ours.dtype == theirs.dtype
     value = (ours.double() - theirs.double()).abs().max().item() if same_form else float("inf")

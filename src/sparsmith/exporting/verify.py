@@ -13,7 +13,8 @@ from typing import Any
 from sparsmith import durable
 from sparsmith.crafting import base_files, delta, full
 from sparsmith.crafting import tensors as strict
-from sparsmith.crafting.base_model import open_base
+from sparsmith.crafting.base_model import open_base, own_task
+from sparsmith.crafting.class_head import ClassHead
 from sparsmith.crafting.identity import FILE, Identity, read_identity
 from sparsmith.errors import CheckpointError
 from sparsmith.methods import registry
@@ -111,7 +112,8 @@ def _check_base(folder: Path) -> FolderReport:
     files = [file for file, _ in base_files.shards(folder)]
     for file in files:
         strict.check_file_finite(file)
-    open_base(folder, device_map="meta", dtype="auto")
+    classes = own_task(str(folder)).get("num_labels")
+    open_base(folder, head=ClassHead(classes) if classes else None, device_map="meta", dtype="auto")
     return FolderReport(
         path=str(folder),
         kind="base",

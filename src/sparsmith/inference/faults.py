@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from sparsmith import anatomy
 from sparsmith.errors import EnvironmentFault, UsageError
 
 
@@ -15,3 +18,18 @@ class BudgetTooSmall(UsageError):
 
 class ProfileMissing(EnvironmentFault):
     """No measured time per token for this device, number type and batch size."""
+
+
+def require_text(model: Any, where: str = "generate") -> None:
+    """Refuse a classifier where text is to be written.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if anatomy.task_of(model) == anatomy.SEQ_CLS:
+        raise UsageError(
+            where,
+            "a classifier, which writes no text",
+            "a language model",
+            "Measure it with `sparsmith eval`, or open its export with transformers.",
+        )

@@ -16,7 +16,7 @@ from sparsmith.errors import UsageError
 from sparsmith.inference.budget import depth_for
 from sparsmith.inference.by_depth import DepthStats, one_each, run_depths
 from sparsmith.inference.early_exit import MAX_WAITING, ExitStats, agreement_of, exit_early
-from sparsmith.inference.faults import ModeConflict
+from sparsmith.inference.faults import ModeConflict, require_text
 from sparsmith.inference.hf_engine import speculate_hf
 from sparsmith.inference.profile import Profile
 from sparsmith.inference.quiet import quiet
@@ -125,6 +125,7 @@ def generate(
         ModeConflict: several ways at once. MethodError: a depth that is no exit. BudgetTooSmall, ProfileMissing: of a budget.
         UsageError: a value that cannot be meant.
     """
+    require_text(model)
     ways = _Ways(depth, budget, exit_threshold, self_speculative, profile, visit, max_waiting, agreement, engine)
     chosen = ways.chosen
     with quiet(model):

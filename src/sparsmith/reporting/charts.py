@@ -168,7 +168,7 @@ def expert_load(run: Run) -> Iterator[Chart]:
 def metric_dots(metric: Metric, runs: Sequence[Run]) -> str:
     """The SVG of one metric's intervals."""
     percent = metric.unit == "share"
-    unit = "%" if percent else "nats per token" if metric.key == "loss" else "nats"
+    unit = "%" if percent else metric.title.partition(", ")[2] or "nats"
     words = f"{metric.title.split(',')[0]}, {unit} ({'more' if metric.larger_is_better else 'less'} is better)"
     return plots.svg(
         plots.intervals(metric.figures, xlabel=words, colours=colours(runs), percent=percent), metric.title

@@ -199,17 +199,26 @@ def fact_rows(run: Run) -> Rows:
     return rows
 
 
+def _answer(sample: dict[str, Any], system: str) -> tuple[str, str]:
+    """(a system's answer, how sure it was where it is a class)."""
+    probability = sample.get(f"{system}_probability")
+    return sample.get(system, ""), f" (probability {probability})" if probability else ""
+
+
 def samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Prompt, reference and every system's answer, paired by the prompt; the base first."""
     main, *others = runs
     found = []
     for sample in main.samples or []:
-        answers = [("base", sample.get("base", "")), (main.name, sample.get("tuned", ""))]
+        answers = [("base", *_answer(sample, "base")), (main.name, *_answer(sample, "tuned"))]
         for run in others:
             twin = next((s for s in run.samples or [] if s["prompt"] == sample["prompt"]), None)
-            answers += [(run.name, twin.get("tuned", ""))] if twin else []
+            answers += [(run.name, *_answer(twin, "tuned"))] if twin else []
         reference = sample.get("reference", "")
-        shown = [{"name": name, "text": text, "right": text.strip() == reference.strip()} for name, text in answers]
+        shown = [
+            {"name": name, "text": text + sure, "right": text.strip() == reference.strip()}
+            for name, text, sure in answers
+        ]
         found.append(
             {
                 "domain": sample.get("domain", ""),
