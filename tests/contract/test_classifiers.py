@@ -205,3 +205,15 @@ def test_a_half_precision_base_trains_its_head_in_float32_and_settles_to_its_own
     assert stock.score.weight.dtype == torch.bfloat16
     assert torch.allclose(logits(stock).float(), wanted, atol=0.02 * wanted.abs().max().item() + 1e-3)
     assert model.score.weight.dtype == torch.float32
+
+
+def test_rows_must_fit_into_the_positions_of_an_encoder(tmp_path):
+    from sparsmith import app
+    from sparsmith.errors import RecipeError
+    from tests.kit.classifying import make_class_recipe
+
+    recipe = make_class_recipe(tmp_path, "roberta")
+    plan = app.plan(recipe)
+    assert plan.trained["classifier"] == 64 * 64 + 64 + 2 * 64 + 2 and plan.as_dict()["parameters"]["base"] > 0
+    with pytest.raises(RecipeError, match="`96`; expected at most 95"):
+        app.plan(recipe, ["data.max_length=96"])

@@ -81,7 +81,7 @@ def load_base(
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
     if settings.quant == "nf4":
-        options["quantization_config"] = _nf4()
+        options["quantization_config"] = _nf4(classifies=settings.task == anatomy.SEQ_CLS)
     head = ClassHead(settings.num_labels, labels, seed) if settings.num_labels else None
     model = open_base(
         path,
@@ -214,8 +214,8 @@ def load_tokenizer(settings: ModelSettings, base_dir: Path | None = None) -> Pre
     return tokenizer
 
 
-def _nf4() -> Any:
-    """NF4 with double quantisation and bfloat16 compute (PESC §2.3, as released)."""
+def _nf4(classifies: bool) -> Any:
+    """NF4 with double quantisation and bfloat16 compute (PESC §2.3, as released); a class head, which trains whole, is left as it is."""
     import importlib.util
 
     import torch
@@ -230,6 +230,7 @@ def _nf4() -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["score", "classifier", "pooler"] if classifies else None,
     )
 
 

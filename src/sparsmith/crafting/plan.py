@@ -16,7 +16,7 @@ from sparsmith.crafting.lora_count import lora_parameters_of, merged_settings
 from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, optimizer_bytes, weight_bytes
 from sparsmith.crafting.memory_per_rank import Load, RankMemory, memory_per_rank
 from sparsmith.crafting.plan_text import plan_renderable, plan_text
-from sparsmith.errors import CheckpointError
+from sparsmith.errors import CheckpointError, RecipeError
 from sparsmith.methods import registry
 from sparsmith.methods.base import MethodConfig, MethodPlan, ModuleChange
 
@@ -179,8 +179,11 @@ def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
     """The plan of a recipe."""
     from sparsmith.crafting.base_model import resolve_base
 
+    path = resolve_base(recipe.model.path, base_dir)
+    if recipe.model.task == anatomy.SEQ_CLS:
+        _check_length(recipe, anatomy.shape_of(_config_of(path, recipe.model.task, recipe.model.num_labels)[1]))
     return plan(
-        resolve_base(recipe.model.path, base_dir),
+        path,
         list(recipe.methods),  # type: ignore[arg-type]
         dtype="float32" if recipe.model.dtype == "auto" else recipe.model.dtype,
         quant=recipe.model.quant,
@@ -192,6 +195,17 @@ def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
         task=recipe.model.task,
         classes=recipe.model.num_labels,
     )
+
+
+def _check_length(recipe: Recipe, shape: ModelShape) -> None:
+    """A row longer than the table of positions would stop the run when it first meets one."""
+    if shape.positions and recipe.data.max_length > shape.max_length:
+        raise RecipeError(
+            "data.max_length",
+            f"`{recipe.data.max_length}`",
+            f"at most {shape.max_length}, the positions that {recipe.model.path} has",
+            "Lower it.",
+        )
 
 
 def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool) -> Flops:

@@ -197,6 +197,11 @@ class Method:
     def check_steps(self, config: Any, total_steps: int) -> None:
         """Refuse a run of so many steps if a schedule of the method cannot unfold in it. Called before anything is loaded."""
 
+    def final_from(self, config: Any, total_steps: int) -> int:
+        """The step after which the model is in its final form, so that a later point of the run may be kept as its best
+        (`train.select`); before it a point would be of another structure."""
+        return 0
+
     def leaves_idle(self, config: Any) -> bool:
         """True where a step may leave a trained tensor without a gradient (a depth that is not run): DDP must then look for such
         tensors, which costs a walk through the graph in every step, and FSDP cannot be used."""

@@ -48,7 +48,6 @@ def test_a_good_one_has_no_packing_and_comes_back():
     "old, new, where, words",
     [
         ("method: head, lora: {r: 4}", "method: pesc", "r.yaml:3: methods.0.method", "`pesc`, which does causal_lm"),
-        (", task: seq_cls, num_labels: 2", "", "r.yaml:3: methods.0.method", "a method that does the task causal_lm"),
         (
             "num_labels: 2",
             "num_labels: 3",

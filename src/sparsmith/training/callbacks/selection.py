@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from sparsmith import durable, ranks
 from sparsmith.crafting.checkpoint import save
 from sparsmith.crafting.delta import fill_delta
+from sparsmith.crafting.record import record_of
 from sparsmith.errors import CheckpointError, EnvironmentFault, Interrupted
 from sparsmith.training.saves import listed, step_of
 
@@ -80,10 +81,14 @@ class Selection(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        if step % self._every and step < state.max_steps:
+        if (step % self._every and step < state.max_steps) or step < self._final_from(state.max_steps):
             return
         with suppress(Interrupted):  # the stop callback hears of it right after
             self._add({"step": step, **self._measure()})
+
+    def _final_from(self, total_steps: int) -> int:
+        parts = record_of(self._model).parts
+        return max((method.final_from(config, total_steps) for method, config in parts), default=0)
 
     def restore(self) -> Point | None:
         """Put the best tensors into the model; returns their point."""
