@@ -126,12 +126,7 @@ def plan(
     plans = [method.plan(c, row, shape) for method, c in pairs]
     settings = merged_settings(pairs, shape)
     lora = lora_parameters_of(settings, row, shape)
-    trained: dict[str, int] = {}
-    for part in plans:
-        for role, count in part.trained.items():
-            trained[role] = trained.get(role, 0) + count
-    if lora:
-        trained["lora"] = lora
+    trained = _by_role(plans, lora)
     added = sum(sum(p.added.values()) for p in plans)
     total = shape.total_params + added - sum(p.removed for p in plans)
     count = sum(trained.values())
@@ -173,6 +168,15 @@ def plan(
         notes=tuple(note for p in plans for note in p.notes),
         per_rank=memory_per_rank(load),
     )
+
+
+def _by_role(plans: Sequence[MethodPlan], lora: int) -> dict[str, int]:
+    """Trained parameters of all methods by role; `lora` is a role where there is one."""
+    trained: dict[str, int] = {}
+    for part in plans:
+        for role, count in part.trained.items():
+            trained[role] = trained.get(role, 0) + count
+    return {**trained, "lora": lora} if lora else trained
 
 
 def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
