@@ -73,10 +73,12 @@ class Identity(StrictModel):
     tensors: dict[str, TensorRow]
     slice: dict[str, Any] | None = None
     """Full: of a model that was cut out of a depth-elastic one, where (`crafting.record.SliceRecord`)."""
+    form: str | None = None
+    """Full: of a pruned model, its form (`methods.base.FORMS`)."""
 
     def core(self) -> dict[str, Any]:
         """The part that a delta repeats in the header of its weights, so that an edit of either is seen."""
-        return self.model_dump(mode="json", exclude={"tensors", "model_config_json", "slice"})
+        return self.model_dump(mode="json", exclude={"tensors", "model_config_json", "slice", "form"})
 
     def rows(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype name), as `tensors.compare_tables` wants it."""
@@ -150,6 +152,7 @@ def identify(
         model_config_json=model_config,
         tensors=tensors,
         slice=record.slice.as_dict() if record.slice else None,
+        form=record.form if kind == "full" else None,
     )
 
 
@@ -197,7 +200,7 @@ def base_hash(folder: Path | None, mode: Literal["fast", "full"]) -> str | None:
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    absent = {"slice"} if identity.slice is None else set()
+    absent = {name for name in ("slice", "form") if getattr(identity, name) is None}
     (folder / FILE).write_text(durable.json_text(identity.model_dump(mode="json", exclude=absent)), encoding="utf-8")
 
 
