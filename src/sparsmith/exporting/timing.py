@@ -79,8 +79,10 @@ def _count(model: nn.Module, context: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     ids = torch.zeros((1, context), dtype=torch.long, device="meta")
+    # a mask of its own: the library would look at the values of the one that it makes, and here are none
+    mask = torch.zeros((1, 1, context, context), device="meta")
     with FlopCounterMode(display=False) as counter:
-        model.eval()(input_ids=ids, use_cache=False)
+        model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
     return round(counter.get_total_flops() / context)
 
 

@@ -6,7 +6,7 @@ deletable   parameters that a form leaves out exactly, biases and norms of what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ def tables(model: nn.Module, form: str) -> dict[str, Any]:
         "base": {"parameters": total, "of": "the model before the cut, all parameters, tied ones once"},
         "counted": {"removed": gone, "total": linears, "share": gone / linears, "of": "the linear weights of the blocks"},
         "deletable": {"removed": removed, "total": total, "share": removed / total, "of": "all parameters", "kinds": kinds},
-        "dense_config": base.config.to_dict(),
+        "dense_config": {key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"},
     }
-    return {"accounting": accounting, "scales": histograms(model)}
+    return {"accounting": accounting, "scales": histograms(model, layout)}
 
 
 def plain_numel(model: nn.Module) -> int:
@@ -107,18 +107,30 @@ def _linear_sizes(
     return {**sizes, last: (units, shape.hidden) if ffn_on else (0, 0)}
 
 
-def histograms(model: nn.Module) -> dict[str, Any]:
-    """Kind -> `edges` (of 10 bins over (0, 1)), `counts` (the bins, then those that are exactly 1), `kept`: their sum."""
+def histograms(model: nn.Module, layout: Layout) -> dict[str, Any]:
+    """Of every scale that is folded into a weight. Kind -> `edges` (of 10 bins over (0, 1)), `counts` (the bins, then those that are
+    exactly 1), `kept`: their sum."""
     found = {}
     for kind in KINDS:
-        gates = [gate for site in sites(model) if (gate := site.gate(kind)) is not None]
-        if gates:
-            found[kind] = _histogram(gate.folded()[gate.kept] for gate in gates)
+        values = [
+            gate.folded().float().cpu()[list(_folded(kind, part))]
+            for site, part in zip(sites(model), layout.open)
+            if (gate := site.gate(kind)) is not None
+        ]
+        if values:
+            found[kind] = _histogram(values)
     return found
 
 
-def _histogram(values: Iterable[torch.Tensor]) -> dict[str, Any]:
-    scales = torch.cat([value.float().cpu() for value in values])
+def _folded(kind: str, part: Part) -> tuple[int, ...]:
+    """Indices of a block's gates of one kind that end in a weight: none of a half that is closed, no head of a closed group."""
+    on = part.ffn if kind in ("units", "ffn_block") else part.attention
+    every = (0,) if kind.endswith("block") else getattr(part, kind)
+    return every if on else ()
+
+
+def _histogram(values: Sequence[torch.Tensor]) -> dict[str, Any]:
+    scales = torch.cat(list(values))
     soft = scales[scales < 1]
     counts = torch.bincount((soft * BINS).long().clamp(0, BINS - 1), minlength=BINS).tolist()
     return {
