@@ -78,7 +78,8 @@ def test_what_uneven_blocks_write_with_the_cache(family):
 def test_histograms_sum_to_what_is_kept(family):
     model = gated(family, soft=False)
     kept = {
-        kind: sum(int(site.gate(kind).kept.sum()) for site in sites(model) if site.gate(kind)) for kind in ("units", "groups")
+        kind: sum(int(site.gate(kind).kept.sum()) for site in sites(model) if site.gate(kind))
+        for kind in ("units", "groups")
     }
     tables = settle_report(sm.settle(model)).tables["finegates"]["scales"]
     for kind, table in tables.items():

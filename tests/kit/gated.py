@@ -88,5 +88,3 @@ def tokens(model: Any) -> list[int]:
 def gate_keys(names: Any) -> list[str]:
     """Of tensor names: those that only a model with gates has."""
     return [name for name in names if name.rsplit(".", 1)[-1] in BARE or "finegates" in name]
-
-

@@ -43,7 +43,9 @@ def export(
     form: Annotated[
         Form, typer.Option(help="Of a pruned model: what is left (auto = the smallest, stock where possible).")
     ] = Form.AUTO,
-    deci: Annotated[bool, typer.Option("--deci", help="Write deci_config.json too: per-layer Llama, FFNs only.")] = False,
+    deci: Annotated[
+        bool, typer.Option("--deci", help="Write deci_config.json too: per-layer Llama, FFNs only.")
+    ] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time a pruned model beside the dense one.")] = False,
     proof: Annotated[bool, typer.Option(help="Open the folder in a clean process and compare logits.")] = True,
     json: Json = False,

@@ -87,4 +87,8 @@ def _held_against(folder: Path, name: str, account: Mapping[str, Any], measured:
             "This is a fault of the accounting or of the cut; please report it.",
         )
     known = account.get("measured") or {}  # read from a settled folder: what was timed stays with it
-    return {**{key: known[key] for key in known if key not in measured}, **measured, "removed": before - measured["numbers"]}
+    return {
+        **{key: known[key] for key in known if key not in measured},
+        **measured,
+        "removed": before - measured["numbers"],
+    }

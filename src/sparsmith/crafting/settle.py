@@ -153,8 +153,12 @@ def refuse_other_form(model: nn.Module, form: str) -> None:
     """
     has = record_of(model).form
     if form not in ("auto", has):
-        found = f"a model that was settled into the form {has}" if has else "a settled model from which nothing was deleted"
-        raise LayoutMismatch(f"form {form}", found, "a model that is not settled yet", "Settle the delta checkpoint again.")
+        found = (
+            f"a model that was settled into the form {has}" if has else "a settled model from which nothing was deleted"
+        )
+        raise LayoutMismatch(
+            f"form {form}", found, "a model that is not settled yet", "Settle the delta checkpoint again."
+        )
 
 
 def _form_of(model: nn.Module, record: CraftRecord, form: str) -> str:
@@ -162,7 +166,9 @@ def _form_of(model: nn.Module, record: CraftRecord, form: str) -> str:
     found = next(filter(None, (method.form(model, config, form) for method, config in record.parts)), "")
     if not found and form != "auto":
         names = ", ".join(method.name for method, _ in record.parts)
-        raise LayoutMismatch(f"form {form}", f"{names}, which deletes nothing", "a method that does", "Leave the form out.")
+        raise LayoutMismatch(
+            f"form {form}", f"{names}, which deletes nothing", "a method that does", "Leave the form out."
+        )
     return found
 
 

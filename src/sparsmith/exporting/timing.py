@@ -1,8 +1,8 @@
 """The third column of the accounting that has to be run for: FLOPs per token, and latency beside the dense model.
 
 FLOPs are counted by torch's flop counter on tensors without storage, so they cost no time and no memory. Latency is wall time of runs that
-alternate between the two models, so that a machine that slows down slows both; the dense model is built from its config with random weights,
-which take the same time as others.
+alternate between the two models, so that a machine that slows down slows both; the dense model is built from its config with random
+weights, which take the same time as others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ def flops_per_token(model: PreTrainedModel, dense_config: Mapping[str, Any], con
     with torch.device("meta"):
         built = type(model)._from_config(copy.deepcopy(model.config))
     cut, dense = (_count(one, context) for one in (built, dense_model(dense_config, "meta", torch.float32)))
-    return {"flops_per_token": cut, "dense_flops_per_token": dense, "flops_share": cut / dense, "flops_context": context}
+    return {
+        "flops_per_token": cut,
+        "dense_flops_per_token": dense,
+        "flops_share": cut / dense,
+        "flops_context": context,
+    }
 
 
 def latency(
@@ -71,7 +76,9 @@ def dense_model(config: Mapping[str, Any], device: Any, dtype: torch.dtype) -> A
 
     values = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
     with torch.device(device), torch.random.fork_rng():
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **values), dtype=dtype
+        ).eval()
 
 
 @torch.no_grad()

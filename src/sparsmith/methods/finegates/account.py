@@ -36,8 +36,19 @@ def tables(model: nn.Module, form: str) -> dict[str, Any]:
     accounting = {
         "form": layout.form,
         "base": {"parameters": total, "of": "the model before the cut, all parameters, tied ones once"},
-        "counted": {"removed": gone, "total": linears, "share": gone / linears, "of": "the linear weights of the blocks"},
-        "deletable": {"removed": removed, "total": total, "share": removed / total, "of": "all parameters", "kinds": kinds},
+        "counted": {
+            "removed": gone,
+            "total": linears,
+            "share": gone / linears,
+            "of": "the linear weights of the blocks",
+        },
+        "deletable": {
+            "removed": removed,
+            "total": total,
+            "share": removed / total,
+            "of": "all parameters",
+            "kinds": kinds,
+        },
         "dense_config": {key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"},
     }
     return {"accounting": accounting, "scales": histograms(model, layout)}
@@ -70,10 +81,12 @@ def counted(layout: Layout, row: Anatomy, shape: ModelShape) -> int:
 
 def deletable(layout: Layout, row: Anatomy, shape: ModelShape) -> dict[str, int]:
     """Tensor kind -> parameters that the form leaves out. `norms`: of blocks that go whole, and inside an attention that goes."""
-    kinds = {name: 0 for name in shape.linears} | {"biases": 0, "norms": 0}
+    kinds = dict.fromkeys(shape.linears, 0) | {"biases": 0, "norms": 0}
     if layout.form == "zeros":
         return kinds
-    inner = {"none": 0, "head": 2 * shape.head_dim, "full": (shape.heads + shape.kv_heads) * shape.head_dim}[row.qk_norm]
+    inner = {"none": 0, "head": 2 * shape.head_dim, "full": (shape.heads + shape.kv_heads) * shape.head_dim}[
+        row.qk_norm
+    ]
     each = (shape.norm_params - shape.final_norm_params) // shape.layers
     drops_halves = layout.form == "per-layer"
     for part in layout.present:
@@ -103,7 +116,7 @@ def _linear_sizes(
     sizes[names[-1]] = (queries, shape.hidden) if attention_on else (0, 0)
     into = 2 * units if row.ffn_kind == "fused_gated" else units
     *first, last = shape.ffn_linears
-    sizes |= {name: (shape.hidden, into) if ffn_on else (0, 0) for name in first}
+    sizes |= dict.fromkeys(first, (shape.hidden, into) if ffn_on else (0, 0))
     return {**sizes, last: (units, shape.hidden) if ffn_on else (0, 0)}
 
 

@@ -40,10 +40,17 @@ def deci_config(model: Any) -> dict[str, Any]:
         if layer["ffn"] and width % STEP:
             nearest = max(STEP, round(width / STEP) * STEP)
             mend = f"Settle with settle.unit {STEP}."
-            raise LayoutMismatch(where, f"block {index} with FFN width {width}", f"a multiple of {STEP}, as {nearest}", mend)
-        attention = {"n_heads_in_group": heads // groups if layer["attention"] else None, "no_op": not layer["attention"]}
+            raise LayoutMismatch(
+                where, f"block {index} with FFN width {width}", f"a multiple of {STEP}, as {nearest}", mend
+            )
+        attention = {
+            "n_heads_in_group": heads // groups if layer["attention"] else None,
+            "no_op": not layer["attention"],
+        }
         ffn = {"ffn_mult": 3 * width / (2 * base.hidden_size) if layer["ffn"] else None, "no_op": not layer["ffn"]}
         extra = {"replace_with_linear": False}
         blocks.append({"attention": {**attention, **extra}, "ffn": {**ffn, **extra}})
-    kept = {key: value for key, value in base.to_dict().items() if key not in ("intermediate_size", "num_key_value_heads")}
+    kept = {
+        key: value for key, value in base.to_dict().items() if key not in ("intermediate_size", "num_key_value_heads")
+    }
     return {**kept, "model_type": "nemotron-nas", "architectures": ["DeciLMForCausalLM"], "block_configs": blocks}

@@ -43,7 +43,9 @@ def cut_sizes(view: Any, depth: int) -> None:
     blocks = len(anatomy.blocks(view))
     if blocks != depth:
         mend = "Settle with scope uniform, or export the depths of an uncut model."
-        raise MethodError("depth", "exits with blocks of their own on a per-layer model", "exits that share the blocks", mend)
+        raise MethodError(
+            "depth", "exits with blocks of their own on a per-layer model", "exits that share the blocks", mend
+        )
     view.config.slim = {**slim, "per_layer_config": slim["per_layer_config"][:depth]}
 
 

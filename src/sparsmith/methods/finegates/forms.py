@@ -93,12 +93,16 @@ def layout_of(model: nn.Module, form: str = "auto") -> Layout:
         return Layout(form, parts, tuple(Part(full.units, full.groups, full.heads, p.attention, p.ffn) for p in parts))
     alive = [part for part in parts if part.attention or part.ffn]
     if not alive:
-        raise LayoutMismatch("finegates.gates.blocks", "no open block", "at least one", "Export as zeros, or raise `target`.")
+        raise LayoutMismatch(
+            "finegates.gates.blocks", "no open block", "at least one", "Export as zeros, or raise `target`."
+        )
     if form == "padded":
         size = _padded_size(row, shape, alive, per_group)
         present = [p.filled(*size, shape) if p.attention or p.ffn else None for p in parts]
         return Layout(form, parts, tuple(present))
-    own = [p.filled(len(p.units), len(p.groups), p.each(per_group), shape) if p.attention or p.ffn else None for p in parts]
+    own = [
+        p.filled(len(p.units), len(p.groups), p.each(per_group), shape) if p.attention or p.ffn else None for p in parts
+    ]
     fault = _uniform_fault(row, shape, own)
     if fault and form == "uniform":
         raise fault

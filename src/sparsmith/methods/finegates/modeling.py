@@ -3,9 +3,9 @@
 The model of the family is the child `base`, built from `base_config` at full width and then narrowed block by block; forward and generate
 are the base's own. A plain loader that does not know `sparsmith_slim` refuses the checkpoint, instead of reading it into wrong shapes.
 
-`slim.per_layer_config` holds, for every block, `intermediate_size`, `num_attention_heads`, `num_key_value_heads`, and `attention` and `ffn`:
-False where that half is left out. The list lies in a dictionary of its own because transformers 5.23 keeps the top-level name for overrides
-that its own Llama classes cannot load.
+`slim.per_layer_config` holds, for every block, `intermediate_size`, `num_attention_heads`, `num_key_value_heads`, and `attention` and
+`ffn`: False where that half is left out. The list lies in a dictionary of its own because transformers 5.23 keeps the top-level name for
+overrides that its own Llama classes cannot load.
 
 This file is part of full checkpoints: it imports torch and transformers only.
 """
@@ -196,14 +196,20 @@ def resize(linear: Any, inputs: int | None, outputs: int | None) -> None:
         linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=linear.weight.requires_grad)
         if linear.bias is not None and outputs is not None:
             linear.bias = nn.Parameter(linear.bias[:outputs].detach().clone(), requires_grad=linear.bias.requires_grad)
-    for name, size in (("nx", inputs), ("nf", outputs)) if transposed else (("in_features", inputs), ("out_features", outputs)):
+    for name, size in (
+        (("nx", inputs), ("nf", outputs)) if transposed else (("in_features", inputs), ("out_features", outputs))
+    ):
         if size is not None:
             setattr(linear, name, size)
 
 
 def set_heads(attention: Any, heads: int, groups: int) -> None:
     """The counts that an attention module keeps as attributes, and those that it reads from its config."""
-    for name, value in (("num_heads", heads), ("num_key_value_heads", groups), ("num_key_value_groups", heads // groups)):
+    for name, value in (
+        ("num_heads", heads),
+        ("num_key_value_heads", groups),
+        ("num_key_value_groups", heads // groups),
+    ):
         if hasattr(attention, name):
             setattr(attention, name, value)
     config = getattr(attention, "config", None)

@@ -102,7 +102,11 @@ class _Cut:
         if len(names) == 1:
             first, second = shape.heads * h, (shape.heads + shape.kv_heads) * h
             rows = [*queries, *(k + first for k in keys), *(k + second for k in keys)]
-            closed = [*no_queries, *(k + len(queries) for k in no_keys), *(k + len(queries) + len(keys) for k in no_keys)]
+            closed = [
+                *no_queries,
+                *(k + len(queries) for k in no_keys),
+                *(k + len(queries) + len(keys) for k in no_keys),
+            ]
             take_rows(getattr(parent, names[0]), _index(rows, device), _index(closed, device))
         else:
             for name, rows, closed in zip(names, (queries, keys, keys), (no_queries, no_keys, no_keys)):
@@ -217,8 +221,8 @@ def _drop_blocks(base: Any, row: Anatomy, keep: list[int]) -> None:
 
 
 def _as_slim(base: Any, row: Anatomy, shape: ModelShape, parts: list[Part]) -> SparsmithSlimForCausalLM:
-    """The narrowed base in our own class. Its config keeps the head counts of old, which the family's class has checks for, and the width of
-    the widest FFN."""
+    """The narrowed base in our own class. Its config keeps the head counts of old, which the family's class has checks for, and the width
+    of the widest FFN."""
     widths = [len(part.units) for part in parts if part.ffn]
     setattr(base.config, _width_field(base.config), max(widths, default=shape.ffn_width))
     layers = [

@@ -27,7 +27,9 @@ def test_a_llama_whose_heads_do_not_divide_the_width_becomes_a_mistral():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = FineGatesConfig(target=0.8, settle={"unit": 16})
-    model = gated(units=(96,) * 4, groups=(3,) * 4, soft=False, config=config, num_attention_heads=8, num_key_value_heads=4)
+    model = gated(
+        units=(96,) * 4, groups=(3,) * 4, soft=False, config=config, num_attention_heads=8, num_key_value_heads=4
+    )
     settled = sm.settle(copy.deepcopy(model))
     assert type(settled).__name__ == "MistralForCausalLM" and settled.sparsmith.form == "uniform"
     assert (logits(settled) - logits(model)).abs().max() == 0.0
@@ -59,7 +61,8 @@ def test_a_block_of_which_a_half_is_closed_is_no_uniform_model_and_nothing_is_cu
 
 
 @pytest.mark.parametrize(
-    "changes, words", [({"units": (48, 48, 64, 96)}, "FFN widths from 48 to 96"), ({"groups": (1, 2, 1, 1)}, "groups from 1 to 2")]
+    "changes, words",
+    [({"units": (48, 48, 64, 96)}, "FFN widths from 48 to 96"), ({"groups": (1, 2, 1, 1)}, "groups from 1 to 2")],
 )
 def test_unequal_blocks_are_named_with_their_numbers(changes, words):
     with pytest.raises(LayoutMismatch, match=words):
@@ -68,7 +71,7 @@ def test_unequal_blocks_are_named_with_their_numbers(changes, words):
 
 def test_gemma2_tells_the_head_counts_that_its_class_takes():
     model = gated("gemma2", groups=(3,) * 4, heads=None, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
-    with pytest.raises(LayoutMismatch, match="6 of 8 query heads in gemma2; expected .* 64: 1, 2, 4, 8") as fault:
+    with pytest.raises(LayoutMismatch, match=r"6 of 8 query heads in gemma2; expected .* 64: 1, 2, 4, 8") as fault:
         layout_of(model, "uniform")
     assert "per-layer or padded" in fault.value.mend
     assert layout_of(model).form == "per-layer"
@@ -126,7 +129,9 @@ def test_zeros_equals_uniform_and_holds_zeros():
     ffn = anatomy.ffn_of(anatomy.blocks(zeros)[0])
     closed = ffn.down_proj.weight.abs().sum(0) == 0
     assert closed.sum() == 48 and not ffn.gate_up_proj.weight[closed.repeat(2)].any()
-    assert sum(p.numel() for p in zeros.parameters()) == sum(p.numel() for p in pico_model("phi3", num_hidden_layers=4).parameters())
+    assert sum(p.numel() for p in zeros.parameters()) == sum(
+        p.numel() for p in pico_model("phi3", num_hidden_layers=4).parameters()
+    )
 
 
 def test_a_global_choice_goes_from_craft_to_uneven_blocks():
