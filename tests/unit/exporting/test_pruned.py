@@ -29,8 +29,12 @@ from tests.kit.trials.exports import READ, read_elsewhere
 
 EIGHT = FineGatesConfig(target=0.8, settle={"unit": 16})
 MISTRAL = {
-    "units": (96,) * 4, "groups": (3,) * 4, "soft": False, "config": EIGHT,
-    "num_attention_heads": 8, "num_key_value_heads": 4,
+    "units": (96,) * 4,
+    "groups": (3,) * 4,
+    "soft": False,
+    "config": EIGHT,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
 }
 SHAPES = {
     "uniform": ("uniform", WHOLE),
