@@ -26,7 +26,11 @@ def flops_per_token(model: PreTrainedModel, dense_config: Mapping[str, Any], con
     """Forward FLOPs per token of one row of `context` tokens, head included; the model's, the dense model's and their share."""
     with torch.device("meta"):
         built = type(model)._from_config(copy.deepcopy(model.config))
-    cut, dense = (_count(one, context) for one in (built, dense_model(dense_config, "meta", torch.float32)))
+    dense = _count(dense_model(dense_config, "meta", torch.float32), context)
+    try:
+        cut = _count(built, context)
+    except RuntimeError:  # a router looks at values: one real forward
+        cut = _count(model, context)
     return {
         "flops_per_token": cut,
         "dense_flops_per_token": dense,
@@ -85,11 +89,13 @@ def dense_model(config: Mapping[str, Any], device: Any, dtype: torch.dtype) -> A
 def _count(model: nn.Module, context: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    ids = torch.zeros((1, context), dtype=torch.long, device="meta")
+    device, was_training = next(model.parameters()).device, model.training
+    ids = torch.zeros((1, context), dtype=torch.long, device=device)
     # a mask of its own: the library would look at the values of the one that it makes, and here are none
-    mask = torch.zeros((1, 1, context, context), device="meta")
+    mask: torch.Tensor | None = torch.zeros((1, 1, context, context), device=device) if device.type == "meta" else None
     with FlopCounterMode(display=False) as counter:
         model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
+    model.train(was_training)
     return round(counter.get_total_flops() / context)
 
 

@@ -151,6 +151,22 @@ def test_an_accounting_that_the_files_do_not_bear_out_is_no_export(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_attention_heads": 8, "num_key_value_heads": 4}], ids=["llama", "mistral"]
+)
+def test_experts_around_a_cut_ffn_are_in_the_accounting(tmp_path, changes):
+    experts = sm.PescConfig(num_experts=2, top_k=1, adapter_dim=8, lora={"enabled": False})
+    base = pico_model(num_hidden_layers=4, **changes)
+    model = gated(base=base, config=[experts, EIGHT], heads=None, groups=(3 if changes else 1,) * 4)
+    report = export(model, tmp_path / "out", proof=False)
+    assert report.form == "uniform" and report.model_type == "sparsmith_pesc"
+    again = sm.load(tmp_path / "out")
+    assert again.config.base_config.model_type == ("mistral" if changes else "llama")
+    assert (logits(again) - logits(model)).abs().max() <= 1e-4
+    with pytest.raises(LayoutMismatch, match="another method's own class"):
+        export(model, tmp_path / "other", form="per-layer", proof=False)
+
+
 def test_an_edited_form_is_seen(exported, tmp_path):
     shutil.copytree(exported["padded"][1], tmp_path / "copy")
     edit_json(tmp_path / "copy" / "sparsmith.json", lambda data: data.update(form="uniform"))

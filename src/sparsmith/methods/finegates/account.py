@@ -15,7 +15,7 @@ from torch import nn
 from sparsmith import anatomy
 from sparsmith.anatomy import Anatomy, ModelShape
 from sparsmith.methods.finegates.forms import Layout, Part, layout_of
-from sparsmith.methods.finegates.gates import KINDS, GatedLinear, sites
+from sparsmith.methods.finegates.gates import KINDS, Gate, GatedLinear, GateState, sites
 
 BINS = 10
 
@@ -56,10 +56,7 @@ def tables(model: nn.Module, form: str) -> dict[str, Any]:
 
 def plain_numel(model: nn.Module) -> int:
     """Numbers that a checkpoint of this model would hold if it had no gates: tied tensors once."""
-    skip = set()
-    for name, module in model.named_modules():
-        if getattr(module, "sparsmith_grafted", False):
-            skip.add(name)
+    skip = {name for name, module in model.named_modules() if isinstance(module, Gate | GateState)}
     seen: dict[int, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, _, last = name.rpartition(".")
