@@ -167,6 +167,20 @@ def test_experts_around_a_cut_ffn_are_in_the_accounting(tmp_path, changes):
         export(model, tmp_path / "other", form="per-layer", proof=False)
 
 
+def test_the_paper_layout_has_its_columns_and_one_form(tmp_path):
+    model = sm.craft(pico_model(), FineGatesConfig(layout="paper"), proof=False)
+    ffn = anatomy.ffn_of(anatomy.blocks(model)[0])
+    for block in anatomy.blocks(model):
+        anatomy.ffn_of(block).down_proj.columns.logit.data[:32] = -3.0
+    assert type(ffn.down_proj).__name__ == "PaperLinear"
+    with pytest.raises(LayoutMismatch, match="the paper's layout"):
+        export(model, tmp_path / "zeros", form="zeros", proof=False)
+    wanted = logits(model)
+    account = export(model, tmp_path / "out", proof=False).accounting
+    assert account["counted"]["removed"] == 2 * 32 * 64 and account["deletable"]["removed"] == 2 * 32 * 3 * 64
+    assert (logits(sm.load(tmp_path / "out")) - wanted).abs().max() <= 1e-4
+
+
 def test_an_edited_form_is_seen(exported, tmp_path):
     shutil.copytree(exported["padded"][1], tmp_path / "copy")
     edit_json(tmp_path / "copy" / "sparsmith.json", lambda data: data.update(form="uniform"))

@@ -6,7 +6,7 @@ deletable   parameters that a form leaves out exactly, biases and norms of what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,25 @@ def tables(model: nn.Module, form: str) -> dict[str, Any]:
     Args:
         form: a resolved form of `forms.py`.
     """
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)  # type: ignore[arg-type]
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
     layout = layout_of(model, form)
-    base: Any = anatomy.base_of(model)
-    total = plain_numel(model)
     linears = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
-    kinds = deletable(layout, row, shape)
-    removed, gone = sum(kinds.values()), counted(layout, row, shape)
-    accounting = {
-        "form": layout.form,
+    accounting = columns(model, layout.form, (counted(layout, row, shape), linears), deletable(layout, row, shape))
+    return {"accounting": accounting, "scales": histograms(model, layout)}
+
+
+def columns(model: nn.Module, form: str, counted: tuple[int, int], kinds: Mapping[str, int]) -> dict[str, Any]:
+    """The two columns as data, with the config of the dense model.
+
+    Args:
+        counted: (removed, of so many).
+        kinds: tensor kind -> parameters that go.
+    """
+    base: Any = anatomy.base_of(model)
+    total, removed = plain_numel(model), sum(kinds.values())
+    gone, linears = counted
+    return {
+        "form": form,
         "base": {"parameters": total, "of": "the model before the cut, all parameters, tied ones once"},
         "counted": {
             "removed": gone,
@@ -47,11 +57,10 @@ def tables(model: nn.Module, form: str) -> dict[str, Any]:
             "total": total,
             "share": removed / total,
             "of": "all parameters",
-            "kinds": kinds,
+            "kinds": dict(kinds),
         },
         "dense_config": {key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"},
     }
-    return {"accounting": accounting, "scales": histograms(model, layout)}
 
 
 def plain_numel(model: nn.Module) -> int:
