@@ -25,7 +25,7 @@ def layers_of(model: Any) -> list[dict[str, Any]]:
 
 def cautions(model: nn.Module) -> tuple[str, ...]:
     """K-quants of llama.cpp need rows that are multiples of 256 and fall back to larger types elsewhere."""
-    shape, layers = anatomy.shape_of(model.config), layers_of(model)  # type: ignore[arg-type]
+    shape, layers = anatomy.shape_of(model.config), layers_of(model)
     widths = sorted({layer["intermediate_size"] for layer in layers if layer["ffn"]})
     heads = sorted({layer["num_attention_heads"] * shape.head_dim for layer in layers if layer["attention"]})
     found = []

@@ -78,7 +78,7 @@ class _Cut:
             if norm is not None:
                 _release_norm(block, name, norm)
 
-    def _cut_ffn(self, parent: nn.Module, linear: nn.Module, scale: Tensor) -> None:
+    def _cut_ffn(self, parent: Any, linear: nn.Module, scale: Tensor) -> None:
         units, device = self.present.units, scale.device
         open_units = set(self.kept.units) if self.kept.ffn else set()
         take_columns(linear, _index(units, device), scale)
