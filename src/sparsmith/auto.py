@@ -23,6 +23,7 @@ from typing import Any
 
 # model type -> (module, config class, causal LM class)
 MODEL_TYPES: dict[str, tuple[str, str, str]] = {
+    "sparsmith_slim": ("sparsmith.methods.finegates.modeling", "SparsmithSlimConfig", "SparsmithSlimForCausalLM"),
     "sparsmith_pesc": ("sparsmith.methods.pesc.modeling", "SparsmithPescConfig", "SparsmithPescForCausalLM"),
 }
 _CONFIGS = "transformers.models.auto.configuration_auto"

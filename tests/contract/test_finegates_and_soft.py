@@ -51,7 +51,9 @@ def test_every_depth_is_a_smaller_stock_checkpoint(name, tmp_path):
         assert config["intermediate_size"] < FFN and not report.needs_code
         again = sm.load(folder)
         assert not gates_of(again) and depths_of(again) == tuple(n for n in (2, 4) if n <= depth)
-        assert (logits(again) - wanted[depth]).abs().max() <= 1e-5  # a shorter sum over the kept channels rounds differently
+        assert (
+            logits(again) - wanted[depth]
+        ).abs().max() <= 1e-5  # a shorter sum over the kept channels rounds differently
 
 
 def test_a_slice_opens_without_us(tmp_path):

@@ -19,6 +19,16 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Form(StrEnum):
+    """Forms of a model from which parts were deleted."""
+
+    AUTO = "auto"
+    UNIFORM = "uniform"
+    PER_LAYER = "per-layer"
+    ZEROS = "zeros"
+    PADDED = "padded"
+
+
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The new folder.")],
@@ -30,6 +40,13 @@ def export(
     fold_scale: Annotated[
         bool, typer.Option("--fold-scale", help="Multiply constant scales into the weights.")
     ] = False,
+    form: Annotated[
+        Form, typer.Option(help="Of a pruned model: what is left (auto = the smallest, stock where possible).")
+    ] = Form.AUTO,
+    deci: Annotated[
+        bool, typer.Option("--deci", help="Write deci_config.json too: per-layer Llama, FFNs only.")
+    ] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a pruned model beside the dense one.")] = False,
     proof: Annotated[bool, typer.Option(help="Open the folder in a clean process and compare logits.")] = True,
     json: Json = False,
     debug: Debug = False,
@@ -41,4 +58,5 @@ def export(
     cut: dict[str, Any] = {"depths": "all"} if every else {}
     cut |= {} if depth is None else {"depth": depth}
     chosen = dtype.value if dtype else None
-    SCREEN.show(app.export(source, target, dtype=chosen, fold_scale=fold_scale, proof=proof, **cut), "export")
+    options: dict[str, Any] = {"form": form.value, "deci": deci, "measure": measure, **cut}
+    SCREEN.show(app.export(source, target, dtype=chosen, fold_scale=fold_scale, proof=proof, **options), "export")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sparsmith import auto, durable
+from sparsmith.crafting import accounting
 from sparsmith.crafting import tensors as strict
 from sparsmith.crafting.base_files import check_config, refuse_other_size
 from sparsmith.crafting.base_model import auto_class, open_strictly, refuse_partial
@@ -75,6 +76,7 @@ def write_full(model: PreTrainedModel, folder: Path) -> Identity:
     }
     identity = identify(model, record, "full", rows, model_config=durable.read_json(folder / CONFIG))
     write_identity(folder, identity)
+    accounting.write(model, folder, {name: shape for name, (shape, _) in identity.rows().items()})
     return identity
 
 
@@ -90,8 +92,9 @@ def load_full(folder: Path, identity: Identity) -> PreTrainedModel:
     state = {k: v for k, v in strict.shapes_of(_tensors(model)).items() if k in listed}
     strict.compare_tables(f"{folder}: loaded", state, {name: row for name, row in listed.items() if name in state})
     where = identity.slice_record(f"{folder}/sparsmith.json")
-    attach(model, CraftRecord(configs=configs, base=identity.base_record(), seed=identity.seed, slice=where))
-    mark_settled(model)
+    base, seed = identity.base_record(), identity.seed
+    attach(model, CraftRecord(configs=configs, base=base, seed=seed, slice=where, form=identity.form))
+    mark_settled(model, accounting.read(folder))
     return model.eval()
 
 
@@ -105,20 +108,23 @@ def check_identity(folder: Path, identity: Identity) -> None:
     compare(f"{folder}/sparsmith.json against {CONFIG}", list(identity.configs), stamped, _EDITED, "configs")
     cut = stamp.get("slice") if isinstance(stamp, dict) else None
     compare(f"{folder}/sparsmith.json against {CONFIG}", identity.slice, cut, _EDITED, "slice")
+    form = stamp.get("form") if isinstance(stamp, dict) else None
+    compare(f"{folder}/sparsmith.json against {CONFIG}", identity.form, form, _EDITED, "form")
     strict.compare_folder(folder, f"{folder}/sparsmith.json", identity.rows())
 
 
 def standalone_sources(model: PreTrainedModel, record: CraftRecord) -> tuple[str, ...]:
     """Modules that the folder's own code is made of, each once, lowest first; empty where the model's class is a stock
     one."""
-    sources = tuple(dict.fromkeys(name for method, _ in record.parts for name in method.standalone_sources()))
-    return sources if type(model).__module__ in sources else ()
+    listed = (method.standalone_sources() for method, _ in record.parts)
+    return next((sources for sources in listed if type(model).__module__ in sources), ())
 
 
 def _stamp(folder: Path, record: CraftRecord) -> None:
     """Repeat in config.json how the model was made, so that an edit of either file is seen."""
     config = durable.read_json(folder / CONFIG)
-    cut = {"slice": plain(record.slice.as_dict())} if record.slice else {}
+    cut: dict[str, Any] = {"slice": plain(record.slice.as_dict())} if record.slice else {}
+    cut |= {"form": record.form} if record.form else {}
     config[_STAMP] = {"version": our_version(), "configs": [c.model_dump(mode="json") for c in record.configs], **cut}
     (folder / CONFIG).write_text(durable.json_text(config), encoding="utf-8")
 

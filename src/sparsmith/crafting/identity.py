@@ -76,14 +76,16 @@ class Identity(StrictModel):
     tensors: dict[str, TensorRow]
     slice: dict[str, Any] | None = None
     """Full: of a model that was cut out of a depth-elastic one, where (`crafting.record.SliceRecord`)."""
+    form: str | None = None
+    """Full: of a pruned model, its form (`methods.base.FORMS`)."""
 
     def core(self) -> dict[str, Any]:
         """The part that a delta repeats in the header of its weights, so that an edit of either is seen."""
-        return self._dump({"tensors", "model_config_json", "slice"})
+        return self._dump({"tensors", "model_config_json", "slice", "form"})
 
     def as_dict(self) -> dict[str, Any]:
         """What the file holds: a key that is absent by default and in fact is left out, as in files of before it was known."""
-        return self._dump({"slice"} if self.slice is None else set())
+        return self._dump({name for name in ("slice", "form") if getattr(self, name) is None})
 
     def _dump(self, without: set[str]) -> dict[str, Any]:
         data = self.model_dump(mode="json", exclude=without)
@@ -167,6 +169,7 @@ def identify(
         model_config_json=model_config,
         tensors=tensors,
         slice=record.slice.as_dict() if record.slice else None,
+        form=record.form if kind == "full" else None,
     )
 
 

@@ -64,6 +64,8 @@ class CraftRecord:
     """Result of the proof that crafting left the function unchanged."""
     slice: SliceRecord | None = None
     """Where it was cut out, of a slice."""
+    form: str | None = None
+    """The form that a settled model was pruned into (`methods.base.FORMS`); None where no method deletes anything, or not yet."""
 
     @property
     def base_id(self) -> str:

@@ -9,7 +9,8 @@ on NF4; the released merge adds to the original bf16 weights, which serves anoth
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -19,15 +20,16 @@ from torch.nn import functional as F
 from sparsmith import anatomy
 from sparsmith.crafting.lora import ADAPTER
 from sparsmith.crafting.neutral import probe_logits
-from sparsmith.crafting.record import record_of
+from sparsmith.crafting.record import CraftRecord, attach, record_of
 from sparsmith.crafting.tensors import check_finite
-from sparsmith.errors import MethodError, ProofError
+from sparsmith.errors import LayoutMismatch, MethodError, ProofError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SETTLED = "sparsmith_settled"
 # Merging replaces x W + (x A) B by x (W + A B): equal up to the rounding of the type that the sum is stored in.
+_PRUNED_WIDE = 1e-6  # of float64 models: Gemma's norms, which a sub-block's gate is folded into, compute in float32
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
@@ -67,6 +69,8 @@ class SettleReport:
     """Parameters that were deleted."""
     prune: Drift | None = None
     """Closed units held at 0 against the model without them."""
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Method -> what it has to say of the settled model (`Method.tables`): accounting, histograms."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,21 +82,25 @@ def settle(
     onto: Literal["dequantised", "original"] = "dequantised",
     dtype: torch.dtype | None = None,
     seed: int = 42,
+    form: str = "auto",
 ) -> PreTrainedModel:
-    """Settle every method, then merge the LoRA, in place. `settle_report(model)` tells the figures.
+    """Settle every method, merge the LoRA, then delete what is closed, in place. `settle_report(model)` tells the figures.
 
     Args:
         model: a crafted model.
         onto: for an NF4 base, which weights take the LoRA; `original` is refused, with the reason.
         dtype: number type of dequantised weights; default: the base's own.
         seed: of the probe batch.
+        form: of a method that deletes parts, what is left: one of `methods.base.FORMS`.
 
     Raises:
         MethodError: `onto="original"` for a quantised base; a LoRA variant that cannot be merged.
+        LayoutMismatch: a form that the model cannot take, or not any more.
         ProofError: the merged model computes something else than the unmerged one.
     """
     record = record_of(model)
     if is_settled(model):
+        refuse_other_form(model, form)
         return model
     if onto != "dequantised" and quantised_linears(model):
         raise MethodError(
@@ -108,33 +116,69 @@ def settle(
     settled = cast("PreTrainedModel", settled)
     if record.base.task == anatomy.SEQ_CLS:
         anatomy.narrow_classifier(settled, getattr(torch, record.base.dtype))
+    chosen = _form_of(settled, record, form)
     before = probe_logits(settled, seed)
     count = dequantise(settled, dtype or getattr(torch, record.base.dtype))
     middle = probe_logits(settled, seed) if count else before
     merged = merge_lora(settled)
     after = probe_logits(settled, seed) if merged else middle
-    held = sum(p.numel() for p in settled.parameters())
-    for method, config in record.parts:
-        settled = cast("PreTrainedModel", method.prune(settled, config))
-    removed = held - sum(p.numel() for p in settled.parameters())
+    held, tables = _count(settled), {}
+    for method, config in record.parts if chosen else ():
+        tables[method.name] = method.tables(settled, config, chosen)
+        settled = cast("PreTrainedModel", method.prune(settled, config, chosen))
+    removed = held - _count(settled)
     report = SettleReport(
         merged=merged,
         dequantised=count,
         merge=_drift(middle, after) if merged else None,
         dequantise=_drift(before, middle) if count else None,
         removed=removed,
-        prune=_drift(after, probe_logits(settled, seed)) if removed else None,
+        prune=_drift(after, probe_logits(settled, seed)) if chosen else None,
+        tables={name: table for name, table in tables.items() if table},
     )
     for drift, what in ((report.merge, "the LoRA is merged"), (report.prune, "closed units are deleted")):
-        _check(drift, what, settled)
-    object.__setattr__(settled, "sparsmith", record)
+        _check(drift, what, settled, _PRUNED_WIDE if drift is report.prune else 0.0)
+    attach(settled, replace(record, form=chosen or None))
     object.__setattr__(settled, _SETTLED, report)
     return settled
 
 
-def settled_copy(model: PreTrainedModel) -> PreTrainedModel:
+def settled_copy(model: PreTrainedModel, form: str = "auto") -> PreTrainedModel:
     """`settle` of a copy, for saving in the middle of a run."""
-    return settle(copy.deepcopy(model))
+    return settle(copy.deepcopy(model), form=form)
+
+
+def refuse_other_form(model: nn.Module, form: str) -> None:
+    """A settled model keeps the form that it has.
+
+    Raises:
+        LayoutMismatch: another one is asked for.
+    """
+    has = record_of(model).form
+    if form not in ("auto", has):
+        found = (
+            f"a model that was settled into the form {has}" if has else "a settled model from which nothing was deleted"
+        )
+        raise LayoutMismatch(
+            f"form {form}", found, "a model that is not settled yet", "Settle the delta checkpoint again."
+        )
+
+
+def _form_of(model: nn.Module, record: CraftRecord, form: str) -> str:
+    """What the form asked for means here; empty where no method deletes anything."""
+    found = next(filter(None, (method.form(model, config, form) for method, config in record.parts)), "")
+    if not found and form != "auto":
+        names = ", ".join(method.name for method, _ in record.parts)
+        raise LayoutMismatch(
+            f"form {form}", f"{names}, which deletes nothing", "a method that does", "Leave the form out."
+        )
+    return found
+
+
+def _count(model: nn.Module) -> int:
+    """Parameters, tied ones once, without those of modules that stand in the model only until it is settled."""
+    passing = {id(p) for m in model.modules() if getattr(m, "sparsmith_grafted", False) for p in m.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in passing)
 
 
 def is_settled(model: nn.Module) -> bool:
@@ -146,9 +190,9 @@ def settle_report(model: nn.Module) -> SettleReport | None:
     return getattr(model, _SETTLED, None)
 
 
-def mark_settled(model: nn.Module) -> None:
-    """For a model that was read from a settled checkpoint."""
-    object.__setattr__(model, _SETTLED, SettleReport())
+def mark_settled(model: nn.Module, tables: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """For a model that was read from a settled checkpoint, with the tables that lie beside it."""
+    object.__setattr__(model, _SETTLED, SettleReport(tables=dict(tables or {})))
 
 
 def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -262,10 +306,10 @@ def _drift(before: Tensor | None, after: Tensor | None) -> Drift | None:
     return Drift((after - before).abs().max().item(), before.abs().max().item(), kl.item())
 
 
-def _check(drift: Drift | None, what: str, model: nn.Module) -> None:
+def _check(drift: Drift | None, what: str, model: nn.Module, least: float) -> None:
     if drift is None:
         return
-    limit = max(_TOLERANCE.get(p.dtype, 1e-4) for p in model.parameters() if p.is_floating_point())
+    limit = max([least, *(_TOLERANCE.get(p.dtype, 1e-4) for p in model.parameters() if p.is_floating_point())])
     if not drift.max_logit_difference <= limit * max(1.0, drift.largest_logit):
         raise ProofError(
             "settle",

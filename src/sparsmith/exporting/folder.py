@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sparsmith import anatomy, durable
-from sparsmith.crafting import full
+from sparsmith.crafting import accounting, full
 from sparsmith.crafting.base_model import open_tokenizer
 from sparsmith.crafting.checkpoint import estimate_bytes, find_checkpoint, load
 from sparsmith.crafting.identity import FILE, Identity
 from sparsmith.crafting.plan import plan
 from sparsmith.crafting.record import SliceRecord, record_of
-from sparsmith.crafting.settle import Drift, drift, is_settled, settle_report, settled_copy
+from sparsmith.crafting.settle import Drift, drift, is_settled, refuse_other_form, settle_report, settled_copy
 from sparsmith.crafting.slices import at_depth, depths_of, slice_of
 from sparsmith.crafting.tensors import content_hash
-from sparsmith.errors import MethodError, ProofError, UsageError
+from sparsmith.errors import LayoutMismatch, MethodError, ProofError, UsageError
+from sparsmith.exporting import timing
 from sparsmith.exporting.model_card import count_parameters, model_card
 from sparsmith.exporting.prove import prove
 from sparsmith.exporting.report import ExportReport, SliceReports
@@ -45,6 +46,9 @@ def export(
     proof: bool = True,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     fold_scale: bool = False,
+    form: str = "auto",
+    deci: bool = False,
+    measure: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> Any:
     """Write a model that others open.
@@ -56,27 +60,37 @@ def export(
             the weights, its chat template with it; a checkpoint folder's own where there is one. proof: open the folder
             in a clean process and compare logits; the figures go into the card and `proof.json`. dtype: number type of
             the base's weights in the files (default: as they are). What the methods added keeps float32. fold_scale:
-            multiply constant scales into the weights. facts: of the run, for the card: `recipe` (text), `run`, `plan`,
-            `proof` (plain data).
+            multiply constant scales into the weights. form: of a method that deletes parts, what is left
+            (`methods.base.FORMS`). deci: write `deci_config.json` too, the sizes in the words of DeciLM. measure: time
+            a pruned model beside the dense one, for the accounting. facts: of the run, for the card: `recipe` (text),
+            `run`, `plan`, `proof` (plain data).
 
     Returns:
         An `ExportReport`; with `depths` a `SliceReports` of one for each.
 
     Raises:
         MethodError: a depth that was not tuned as an exit.
+        LayoutMismatch: a form that the model cannot take; `deci` for one that DeciLM cannot describe.
+        ExportMismatch: the files do not hold what the accounting says.
         ProofError: the folder does not open elsewhere or computes something else; it is not kept.
     """
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or _tokenizer_beside(find_checkpoint(Path(model)))
         model = load(model)
     chosen = _chosen(model, depth, depths)
-    settled = model if is_settled(model) else settled_copy(model)
+    if is_settled(model):
+        refuse_other_form(model, form)
+    settled = model if is_settled(model) else settled_copy(model, form)
+    beside = _foreign(settled, "deci") if deci else {}
+    if measure and (record_of(settled).form is None or chosen):
+        found = "depths" if chosen else "a model from which nothing was deleted"
+        raise MethodError("measure", found, "a whole model that was pruned", "Use `sparsmith bench`.")
     prepared = full.prepare(settled, fold_scale=fold_scale, dtype=getattr(torch, dtype) if dtype else None)
     changed = drift(settled, prepared) if prepared is not settled else None
     parent = content_hash(prepared.state_dict().items()) if chosen else ""
     merged = settle_report(settled)
     figures = {
-        "settle": merged.as_dict() if merged and merged.merged else None,
+        "settle": merged.as_dict() if merged and (merged.merged or merged.dequantise) else None,
         "conversion": asdict(changed) if isinstance(changed, Drift) else None,
     }
     reports = [
@@ -87,6 +101,8 @@ def export(
             proof,
             figures,
             dict(facts or {}),
+            beside,
+            measure,
         )
         for one in chosen or (None,)
     ]
@@ -114,7 +130,14 @@ def _chosen(model: Any, depth: int | None, depths: str | Sequence[int] | None) -
 
 
 def _write(
-    exported: PreTrainedModel, out: Path, tokenizer: Any, proof: bool, figures: dict[str, Any], facts: dict[str, Any]
+    exported: PreTrainedModel,
+    out: Path,
+    tokenizer: Any,
+    proof: bool,
+    figures: dict[str, Any],
+    facts: dict[str, Any],
+    beside: Mapping[str, Any],
+    measure: bool,
 ) -> ExportReport:
     """One folder, whole and proven or not there."""
     record = record_of(exported)
@@ -125,6 +148,9 @@ def _write(
             _check_count(exported, identity)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for name, data in beside.items():
+            (folder / name).write_text(durable.json_text(data), encoding="utf-8")
+        _measure(exported, folder, measure)
         _refuse_traps(folder)
         proven = prove(exported, folder, needs_code=needs_code, tokenizer=tokenizer) if proof else None
         result = ExportReport(
@@ -136,11 +162,35 @@ def _write(
             proof=proven,
             **figures,
             slice=slice_facts(exported, record.slice) if record.slice else None,
+            form=record.form,
+            accounting=accounting.columns(folder),
+            cautions=tuple(one for method, config in record.parts for one in method.cautions(exported, config)),
         )
         if proven is not None:
             (folder / PROOF).write_text(durable.json_text(proven), encoding="utf-8")
         (folder / CARD).write_text(model_card(exported, result, facts), encoding="utf-8")
     return result
+
+
+def _foreign(model: PreTrainedModel, kind: str) -> dict[str, Any]:
+    """Configs for another runtime, of the first method that knows any."""
+    parts = record_of(model).parts
+    found = next(filter(None, (method.foreign(model, config, kind) for method, config in parts)), None)
+    if not found:
+        names = ", ".join(method.name for method, _ in parts)
+        raise LayoutMismatch(f"export: {kind}", names, "a method that prunes blocks", f"Leave `{kind}` out.")
+    return dict(found)
+
+
+def _measure(model: PreTrainedModel, folder: Path, timed: bool) -> None:
+    """FLOPs of a pruned model, and its times where asked for, into its accounting."""
+    known = accounting.columns(folder)
+    if known is None:
+        return
+    figures = timing.flops_per_token(model, known["dense_config"])
+    if timed:
+        figures["latency"] = timing.latency(model, known["dense_config"])
+    accounting.add_measured(folder, figures)
 
 
 def slice_facts(model: PreTrainedModel, cut: SliceRecord) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sparsmith.crafting.base_model import auto_class
 from sparsmith.crafting.identity import our_version
 from sparsmith.crafting.record import record_of
 from sparsmith.exporting.elsewhere import card
-from sparsmith.exporting.report import ExportReport, slice_words
+from sparsmith.exporting.report import ExportReport, accounting_rows, slice_words
 from sparsmith.methods import registry
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def model_card(model: PreTrainedModel, report: ExportReport, facts: dict[str, An
     ]
     if report.slice:
         parts.insert(3, "## Depth\n\n" + _depth(report))
+    if report.accounting:
+        parts.insert(4, "## What was removed\n\n" + _removed(report))
     if report.settle:
         parts.append("## Merge\n\n" + _merge(report.settle))
     if facts.get("run"):
@@ -55,7 +57,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     total = sum(p.numel() for p in model.parameters())
     base_config = getattr(model.config, "base_config", None) or model.config
     row, shape = anatomy.of(base_config), anatomy.shape_of(base_config)
-    inactive = sum(method.plan(config, row, shape).inactive for method, config in record_of(model).parts)
+    inactive = sum(method.inactive(model, config, row, shape) for method, config in record_of(model).parts)
     return {"total": total, "active": total - inactive}
 
 
@@ -136,9 +138,19 @@ def _proofs(report: ExportReport, facts: dict[str, Any]) -> str:
     return _table(("stage", "check", "measured", "result"), rows)
 
 
+def _removed(report: ExportReport) -> str:
+    account = report.accounting or {}
+    kinds = {kind: count for kind, count in account["deletable"]["kinds"].items() if count}
+    rows = [(f"deleted: `{kind}`", f"{count:,}") for kind, count in kinds.items()]
+    text = f"Form `{report.form}`.\n\n" + _table(("", ""), [*accounting_rows(account), *rows])
+    return "\n\n".join([text, *report.cautions])
+
+
 def _merge(settle: dict[str, Any]) -> str:
     errors = [row["relative_error"] for row in settle["merged"]]
-    rows = [("matrices merged", str(len(errors))), ("largest relative rounding error of a matrix", _shown(max(errors)))]
+    rows = [("matrices merged", str(len(errors)))]
+    if errors:
+        rows.append(("largest relative rounding error of a matrix", _shown(max(errors))))
     for key, label in (("merge", "merged against unmerged"), ("dequantise", "dequantised against NF4 kernels")):
         if settle[key]:
             rows.append((f"{label}: largest logit difference", _shown(settle[key]["max_logit_difference"])))

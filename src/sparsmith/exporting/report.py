@@ -31,13 +31,20 @@ class ExportReport:
     """Of one depth of a depth-elastic model: `depth`, `of` (blocks of the parent), `blocks`, `exits`, `parent` (hash of the settled
     parent), `still_elastic` (the depths at which the slice can be read out in turn)."""
 
+    form: str | None = None
+    """Of a pruned model, its form (`methods.base.FORMS`)."""
+    accounting: dict[str, Any] | None = None
+    """Of a pruned model: `counted`, `deletable` and `measured`, each with the base of its percentages (`crafting/accounting.py`)."""
+    cautions: tuple[str, ...] = ()
+    """What a user must know, in sentences."""
+
     @property
     def is_cut(self) -> bool:
         """True for an inner exit; False for the full depth, also where the exits' own blocks were left out of it."""
         return self.slice is not None and self.slice["depth"] < self.slice["of"]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path), "elsewhere": self.elsewhere()}
+        return {**asdict(self), "path": str(self.path), "elsewhere": self.elsewhere(), "cautions": list(self.cautions)}
 
     def elsewhere(self) -> dict[str, str]:
         """Runtime -> command with which a slice is used there."""
@@ -59,10 +66,43 @@ class ExportReport:
             lines.append(slice_words(self.slice))
         if self.is_cut:
             lines.append(told(self.path, stock=not self.needs_code))
-        return "\n".join(lines)
+        if self.accounting is not None:
+            lines += [f"{name}: {words}" for name, words in accounting_rows(self.accounting)]
+        return "\n".join([*lines, *(f"caution: {text}" for text in self.cautions)])
 
     def __rich__(self) -> Any:
         return _unwrapped(str(self))
+
+
+def accounting_rows(account: dict[str, Any]) -> list[tuple[str, str]]:
+    """The three columns, always together; every percentage with what it is a share of."""
+    counted, deletable, measured = account["counted"], account["deletable"], account["measured"]
+    total = deletable["total"]
+    rows = [
+        (f"removed, {name}", f"{one['removed']:,} ({one['share']:.1%} of {one['of']}, {one['total']:,})")
+        for name, one in (("counted", counted), ("deletable", deletable))
+    ]
+    share = f"{measured['numbers'] / total:.1%} of {deletable['of']}, {total:,}"
+    rows.append(("measured in the files", f"{measured['numbers']:,} numbers ({share}), {measured['bytes']:,} bytes"))
+    if "flops_per_token" in measured:
+        share = f"{measured['flops_share']:.1%} of the dense model's {measured['dense_flops_per_token']:,}"
+        words = f"{measured['flops_per_token']:,} ({share}), forward, {measured['flops_context']} tokens"
+        rows.append(("measured FLOPs per token", words))
+    if latency := measured.get("latency"):
+        rows += _latency_rows(latency)
+    return rows
+
+
+def _latency_rows(latency: dict[str, Any]) -> list[tuple[str, str]]:
+    place = f"{latency['device']}, {latency['dtype']}, batch {latency['batch']}, context {latency['context']}"
+    rows = []
+    for kind, what in (("prefill", "prefill"), ("decode", "decode, per token")):
+        texts = [
+            f"{name} {one['median']:.3g} ms (p10 {one['p10']:.3g}, p90 {one['p90']:.3g})"
+            for name, one in latency[f"{kind}_ms"].items()
+        ]
+        rows.append((f"measured {what}", f"{', '.join(texts)}; {latency['runs']} runs; {place}"))
+    return rows
 
 
 def _unwrapped(text: str) -> Any:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
 
 
+FORMS = ("auto", "uniform", "per-layer", "zeros", "padded")
+"""What a settled model may be written as, where a method deletes parts: every block alike; each block of its own size; the old shapes with
+zeros; the widest block's shape with zeros. `auto` is the smallest that the model allows with a stock class, if there is one."""
+
+
 class LoraSettings(StrictModel):
     """Low-rank adapters on the linears of attention and FFN, through PEFT."""
 
@@ -260,9 +265,35 @@ class Method:
         """Make soft choices hard, in place."""
         return model
 
-    def prune(self, model: nn.Module, config: Any) -> nn.Module:
+    def form(self, model: nn.Module, config: Any, asked: str) -> str:
+        """Which of `FORMS` but `auto` a settled model will take when `asked` is wanted; empty where the method deletes nothing. Changes
+        nothing, and refuses what cannot be.
+
+        Raises:
+            LayoutMismatch.
+        """
+        return ""
+
+    def prune(self, model: nn.Module, config: Any, form: str = "auto") -> nn.Module:
         """Delete what settling has closed. Called after every method has settled and the LoRA is merged, so that weights are plain."""
         return model
+
+    def tables(self, model: nn.Module, config: Any, form: str) -> Mapping[str, Any]:
+        """What the report shall know of the settled model before `prune`: name -> plain data. One named `accounting` holds `counted` and
+        `deletable`, and is held against the files (`crafting/accounting.py`)."""
+        return {}
+
+    def cautions(self, model: nn.Module, config: Any) -> tuple[str, ...]:
+        """What a user of the exported model must know, in sentences."""
+        return ()
+
+    def foreign(self, model: nn.Module, config: Any, kind: str) -> Mapping[str, Any]:
+        """File name -> JSON data of a config for another runtime, of a pruned model; empty where the method knows none of this kind."""
+        return {}
+
+    def inactive(self, model: nn.Module, config: Any, anatomy: Anatomy, shape: ModelShape) -> int:
+        """Parameters of the built model that are not used for one token."""
+        return self.plan(config, anatomy, shape).inactive
 
     def state(self, model: nn.Module, config: Any) -> dict[str, Tensor]:
         """The tensors that a delta checkpoint must hold for this method (LoRA is kept apart, by PEFT)."""

@@ -30,7 +30,9 @@ def trial(of: Iterable[tuple[str, Configs, str]] | None = None) -> Tally:
     tally, worst = Tally(), 0.0
     for what, config, family in of if of is not None else cases():
         soft = trained_like(config, family)
-        for method, settings in record_of(soft).parts:  # a choice is the method's own affair: what is held here comes after it
+        for method, settings in record_of(
+            soft
+        ).parts:  # a choice is the method's own affair: what is held here comes after it
             soft = method.settle(soft, settings)
         plan = sm.plan(base_config_for(config, family), config)
         matrices = sum(name.split(".")[-3] == "lora_A" for name, _ in lora_parameters(soft))

@@ -65,7 +65,9 @@ def trial(
         reached = Reached(model)
         _tune(model, folder / str(number), steps, reached)
         after = {name: digest(t) for name, t in model.state_dict().items()}
-        records = method_state(model).keys() - dict(model.named_parameters()).keys()  # what a method writes down moves too
+        records = (
+            method_state(model).keys() - dict(model.named_parameters()).keys()
+        )  # what a method writes down moves too
         moved = sorted(name for name in before.keys() - records if before[name] != after[name])
         latest = max([latest, *reached.first.values()])
         late = [name for name, step in reached.first.items() if step > within] + list(reached.waiting)

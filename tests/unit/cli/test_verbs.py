@@ -19,7 +19,8 @@ VERBS: dict[str, set[str]] = {
     "eval": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--seed"},
     "generate": {"RUN|MODEL", "--prompt", "-p", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--raw"}
     | {"--depth", "--budget", "--exit-threshold", "--visit", "--self-speculative", "--profile", "--stats"},
-    "export": {"RUN", "OUT", "--depth", "--all", "--dtype", "--fold-scale", "--proof", "--no-proof"},
+    "export": {"RUN", "OUT", "--depth", "--all", "--dtype", "--fold-scale", "--proof", "--no-proof"}
+    | {"--form", "--deci", "--measure"},
     "report": {"RUN...", "--out"},
     "verify": {"DIR"},
     "doctor": set(),

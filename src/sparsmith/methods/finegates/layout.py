@@ -79,6 +79,14 @@ class Layout:
         """Make soft choices hard, where training has not come to it yet."""
         raise NotImplementedError
 
-    def prune(self, model: nn.Module, config: FineGatesConfig) -> nn.Module:
+    def form(self, model: nn.Module, asked: str) -> str:
+        """As `Method.form`."""
+        raise NotImplementedError
+
+    def tables(self, model: nn.Module, form: str) -> Mapping[str, Any]:
+        """As `Method.tables`."""
+        raise NotImplementedError
+
+    def prune(self, model: nn.Module, config: FineGatesConfig, form: str = "auto") -> nn.Module:
         """Fold what is left of the gates into plain weights and delete what is closed; no gate remains."""
         raise NotImplementedError

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from sparsmith import anatomy, ranks
 from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan
-from sparsmith.methods.finegates import biases
+from sparsmith.methods.finegates import biases, deci, exported
 from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.gates import Gate, GatedLinear, GateState, draw_noise, gates_of, silence, state_of
 from sparsmith.methods.finegates.layout import Layout
 from sparsmith.methods.finegates.paper import PaperLayout
+from sparsmith.methods.finegates.prune import is_slim
 from sparsmith.methods.finegates.structured import StructuredLayout
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class FineGatesMethod(Method):
     def craft(self, model: nn.Module, config: FineGatesConfig, context: CraftContext) -> nn.Module:
         if not config.cuts:
             return model
+        exported.refuse_slim(model)
         if anatomy.base_of(model) is model:
             anatomy.probe(model)
         layout = layout_of(config)
@@ -121,8 +123,27 @@ class FineGatesMethod(Method):
         layout_of(config).settle(model, config)
         return model
 
-    def prune(self, model: nn.Module, config: FineGatesConfig) -> nn.Module:
-        return layout_of(config).prune(model, config) if gates_of(model) else model
+    def form(self, model: nn.Module, config: FineGatesConfig, asked: str) -> str:
+        return layout_of(config).form(model, asked) if gates_of(model) else ""
+
+    def prune(self, model: nn.Module, config: FineGatesConfig, form: str = "auto") -> nn.Module:
+        return layout_of(config).prune(model, config, form) if gates_of(model) else model
+
+    def tables(self, model: nn.Module, config: FineGatesConfig, form: str) -> Mapping[str, Any]:
+        return layout_of(config).tables(model, form) if gates_of(model) else {}
+
+    def cautions(self, model: nn.Module, config: FineGatesConfig) -> tuple[str, ...]:
+        return exported.cautions(model) if config.cuts else ()
+
+    def foreign(self, model: nn.Module, config: FineGatesConfig, kind: str) -> Mapping[str, Any]:
+        return {deci.FILE: deci.deci_config(model)} if kind == "deci" and config.cuts else {}
+
+    def inactive(self, model: nn.Module, config: FineGatesConfig, anatomy: Anatomy, shape: ModelShape) -> int:
+        """None: what is closed is gone, and the plan of a cut model would be the plan of a second cut."""
+        return 0
+
+    def standalone_sources(self) -> tuple[str, ...]:
+        return ("sparsmith.methods.finegates.modeling",)
 
     def state(self, model: nn.Module, config: FineGatesConfig) -> dict[str, Tensor]:
         """Logits, scales and choices, the budget's lambda, what was watched, and trained biases: a cut run goes on to the same bits."""
@@ -140,7 +161,10 @@ class FineGatesMethod(Method):
         return found
 
     def cut(self, view: Any, config: FineGatesConfig, depth: int, layers: int) -> MethodConfig | None:
-        """The blocks keep their gates; of a settled model nothing of the method is left."""
+        """The blocks keep their gates, or each its size; of a settled model of one shape nothing of the method is left."""
+        if is_slim(view):
+            exported.cut_sizes(view, depth)
+            return config
         return config if gates_of(view) else None
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsmith import anatomy
-from sparsmith.errors import MethodError
+from sparsmith.errors import LayoutMismatch, MethodError
 from sparsmith.methods.base import LossTerm, MethodPlan, ModuleChange
+from sparsmith.methods.finegates import account
 from sparsmith.methods.finegates.biases import ROLE as BIAS
 from sparsmith.methods.finegates.biases import bias_count, parent_of
 from sparsmith.methods.finegates.config import FineGatesConfig
@@ -116,7 +117,19 @@ class PaperLayout(Layout):
     def settle(self, model: nn.Module, config: FineGatesConfig) -> None:
         """Nothing to choose: without noise a gate with mu <= -1/2 is 0 already, and a soft one is folded as it is."""
 
-    def prune(self, model: nn.Module, config: FineGatesConfig) -> nn.Module:
+    def form(self, model: nn.Module, asked: str) -> str:
+        """A stock class as wide as the widest block, and no other form."""
+        if asked not in ("auto", "uniform"):
+            mend = "Leave the form out, or use layout structured."
+            raise LayoutMismatch(f"form {asked}", "the paper's layout", "form uniform", mend)
+        return "uniform"
+
+    def tables(self, model: nn.Module, form: str) -> Mapping[str, Any]:
+        row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+        gone = deletable(kept(living(model), row, shape), row, shape)
+        return {"accounting": account.columns(model, form, counted(model), {"units and groups": gone})}
+
+    def prune(self, model: nn.Module, config: FineGatesConfig, form: str = "auto") -> nn.Module:
         return fold_and_delete(model)
 
 

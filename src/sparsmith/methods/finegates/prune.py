@@ -1,123 +1,127 @@
-"""Fold and delete: scales go into the weights, closed rows and columns go away, and what is left is a plain model of smaller shape.
+"""Fold and delete: scales go into the weights, closed rows and columns go away (or become zero), and no gate is left.
 
 Runs after a LoRA has been merged, so every weight is plain. Biases: an inward linear's is cut with its rows; an outward linear's stays,
-because it does not pass through a unit.
+because it does not pass through a unit. What each form holds is worked out in `forms.py`, before anything is changed.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsmith import anatomy
-from sparsmith.anatomy import Anatomy, views
-from sparsmith.errors import LayoutMismatch
+from sparsmith.anatomy import Anatomy, ModelShape, views
 from sparsmith.methods.finegates.families import becomes_mistral
+from sparsmith.methods.finegates.forms import Part, layout_of
 from sparsmith.methods.finegates.gates import Gate, GatedLinear, GatedNorm, Site, sites
+from sparsmith.methods.finegates.modeling import SparsmithSlimConfig, SparsmithSlimForCausalLM, set_heads
 
 
-def fold_and_cut(model: Any) -> Any:
-    """The settled model without gates, in place where its class stays; a new object of Mistral's class where Llama's refuses the heads.
+@torch.no_grad()
+def fold_and_cut(model: Any, form: str = "auto") -> Any:
+    """The settled model without gates, in place where its class stays; a new object of Mistral's class where Llama's refuses the heads, and
+    of ours where blocks differ.
+
+    Args:
+        form: as `forms.py` tells them.
 
     Raises:
-        LayoutMismatch: layers of unequal width, or a block of which only attention or only the FFN is closed.
+        LayoutMismatch: a form that the model cannot take; it is left as it was.
     """
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
-    blocks, modules = sites(model), list(anatomy.blocks(model))
-    plans = [_Cut.of(site, shape) for site in blocks]
-    keep = [index for index, cut in enumerate(plans) if cut.attention_open or cut.ffn_open]
-    for index in keep:
-        plans[index].apply(modules[index], blocks[index], row)
-    widths = {(plans[i].width, plans[i].groups_left, plans[i].heads_left) for i in keep}
-    lone = next((i for i in keep if not (plans[i].attention_open and plans[i].ffn_open)), None)
-    if lone is not None or len(widths) != 1:
-        raise LayoutMismatch(
-            "finegates.settle",
-            f"block {lone}, of which one half alone is closed" if lone is not None else "layers of unequal width",
-            "one shape for all blocks",
-            "Export as per-layer, or settle with scope uniform and gates.blocks false.",
-        )
-    width, groups, heads = next(iter(widths))
-    base = anatomy.base_of(model)
-    if len(keep) < len(modules):
-        _drop_blocks(base, row, keep)
-    _set_sizes(base, width, groups, heads, shape.head_dim)
+    layout = layout_of(model, form)
+    row, shape, base = anatomy.anatomy_of(model), anatomy.shape_of(model.config), anatomy.base_of(model)
+    for site, block, kept, present in zip(sites(model), anatomy.blocks(model), layout.open, layout.present):
+        if present is not None:
+            _Cut(kept, present, shape, row).apply(block, site)
     base._modules.pop("finegates", None)
-    return _as_mistral(model) if needs_mistral(model, shape, heads) else model
+    if layout.form == "zeros":
+        return model
+    if len(layout.kept_blocks) < shape.layers:
+        _drop_blocks(base, row, layout.kept_blocks)
+    parts = [part for part in layout.present if part is not None]
+    if layout.form == "per-layer":
+        return _as_slim(base, row, shape, parts)
+    heads, groups = len(parts[0].heads), len(parts[0].groups)
+    _set_sizes(base, len(parts[0].units), groups, heads, shape.head_dim)
+    return _as_mistral(model) if needs_mistral(shape, heads) else model
+
+
+def is_slim(model: nn.Module) -> bool:
+    """True for a model whose blocks differ."""
+    return isinstance(model, SparsmithSlimForCausalLM)
 
 
 class _Cut:
-    """What stays of one block."""
+    """From what is open in one block to what its files hold."""
 
-    def __init__(self, site: Site, shape: anatomy.ModelShape) -> None:
-        units, groups, heads = (site.gate(kind) for kind in ("units", "groups", "heads"))
-        self.units = _indices(units, shape.ffn_width)
-        self.groups = _indices(groups, shape.kv_heads)
-        per_group = shape.heads // shape.kv_heads
-        inside = [h for g in self.groups.tolist() for h in range(g * per_group, (g + 1) * per_group)]
-        open_heads = set(_indices(heads, shape.heads).tolist())
-        self.heads = torch.tensor([h for h in inside if h in open_heads], dtype=torch.long)
-        self.attention_open = _is_open(site.gate("attention_block"))
-        self.ffn_open = _is_open(site.gate("ffn_block"))
-        self.head_dim, self.full = shape.head_dim, shape
-        self.width, self.groups_left, self.heads_left = len(self.units), len(self.groups), len(self.heads)
+    def __init__(self, kept: Part, present: Part, shape: ModelShape, row: Anatomy) -> None:
+        self.kept, self.present, self.shape, self.row = kept, present, shape, row
 
-    @classmethod
-    def of(cls, site: Site, shape: anatomy.ModelShape) -> _Cut:
-        return cls(site, shape)
-
-    def apply(self, block: nn.Module, site: Site, row: Anatomy) -> None:
+    def apply(self, block: nn.Module, site: Site) -> None:
+        row = self.row
         if site.ffn is not None:
             scale = site.ffn.input_gate()
             linear = _unwrap(site.ffn, site.ffn_parent, row.ffn_linears[-1])
             _scale_out(linear, site.ffn._modules.get("block"))
             if scale is not None:
-                self._cut_ffn(site.ffn_parent, linear, scale, row)
+                self._cut_ffn(site.ffn_parent, linear, scale)
         if site.attention is not None:
             scale = site.attention.input_gate()
             linear = _unwrap(site.attention, site.attention_parent, row.attention_linears[-1])
             _scale_out(linear, site.attention._modules.get("block"))
             if scale is not None:
-                self._cut_attention(site.attention_parent, linear, scale, row)
+                self._cut_attention(site.attention_parent, linear, scale)
         for norm, name in ((site.ffn_norm, row.ffn_out_norm), (site.attention_norm, row.attention_out_norm)):
             if norm is not None:
                 _release_norm(block, name, norm)
 
-    def _cut_ffn(self, parent: Any, linear: nn.Module, scale: Tensor, row: Anatomy) -> None:
-        units = self.units.to(scale.device)
-        take_columns(linear, units, scale)
-        full = self.full.ffn_width
-        rows = torch.cat([units, units + full]) if row.ffn_kind == "fused_gated" else units
-        for name in row.ffn_linears[:-1]:
-            take_rows(getattr(parent, name), rows)
+    def _cut_ffn(self, parent: Any, linear: nn.Module, scale: Tensor) -> None:
+        units, device = self.present.units, scale.device
+        open_units = set(self.kept.units) if self.kept.ffn else set()
+        take_columns(linear, _index(units, device), scale)
+        times = 2 if self.row.ffn_kind == "fused_gated" else 1
+        rows = [unit + part * self.shape.ffn_width for part in range(times) for unit in units]
+        closed = [place for place, unit in enumerate(units * times) if unit not in open_units]
+        for name in self.row.ffn_linears[:-1]:
+            take_rows(getattr(parent, name), _index(rows, device), _index(closed, device))
         if hasattr(parent, "intermediate_size"):
             parent.intermediate_size = len(units)
 
-    def _cut_attention(self, parent: nn.Module, linear: nn.Module, scale: Tensor, row: Anatomy) -> None:
-        h, shape = self.head_dim, self.full
-        queries, keys = (_channels(part, h).to(scale.device) for part in (self.heads, self.groups))
-        take_columns(linear, queries, scale)
-        names = row.attention_linears[:-1]
+    def _cut_attention(self, parent: nn.Module, linear: nn.Module, scale: Tensor) -> None:
+        h, shape, device = self.shape.head_dim, self.shape, scale.device
+        on = self.kept.attention
+        queries = _channels(self.present.heads, h)
+        take_columns(linear, _index(queries, device), scale)
+        keys = _channels(self.present.groups, h)
+        no_queries = _closed(self.present.heads, self.kept.heads if on else (), h)
+        no_keys = _closed(self.present.groups, self.kept.groups if on else (), h)
+        names = self.row.attention_linears[:-1]
         if len(names) == 1:
-            first = shape.heads * h
-            fused = torch.cat([queries, keys + first, keys + first + shape.kv_heads * h])
-            take_rows(getattr(parent, names[0]), fused)
+            first, second = shape.heads * h, (shape.heads + shape.kv_heads) * h
+            rows = [*queries, *(k + first for k in keys), *(k + second for k in keys)]
+            closed = [
+                *no_queries,
+                *(k + len(queries) for k in no_keys),
+                *(k + len(queries) + len(keys) for k in no_keys),
+            ]
+            take_rows(getattr(parent, names[0]), _index(rows, device), _index(closed, device))
         else:
-            for name, rows in zip(names, (queries, keys, keys)):
-                take_rows(getattr(parent, name), rows)
-        set_heads(parent, self.heads_left, self.groups_left)
+            for name, rows, closed in zip(names, (queries, keys, keys), (no_queries, no_keys, no_keys)):
+                take_rows(getattr(parent, name), _index(rows, device), _index(closed, device))
+        set_heads(parent, len(self.present.heads), len(self.present.groups))
 
 
-def take_rows(linear: nn.Module, rows: Tensor) -> None:
-    """Keep these outputs, with their biases."""
+def take_rows(linear: nn.Module, rows: Tensor, closed: Tensor) -> None:
+    """Keep these outputs, with their biases; of them, those at the places `closed` become zero."""
     part: Any = linear
     transposed = type(linear).__name__ == "Conv1D"
-    part.weight = _plain(part.weight.index_select(1 if transposed else 0, rows))
+    axis = 1 if transposed else 0
+    part.weight = _plain(part.weight.index_select(axis, rows).index_fill(axis, closed, 0.0))
     if part.bias is not None:
-        part.bias = _plain(part.bias.index_select(0, rows))
+        part.bias = _plain(part.bias.index_select(0, rows).index_fill(0, closed, 0.0))
     setattr(part, "nf" if transposed else "out_features", len(rows))
 
 
@@ -136,22 +140,7 @@ def take_columns(linear: nn.Module, columns: Tensor, scale_C: Tensor) -> None:
     setattr(part, "nx" if transposed else "in_features", len(columns))
 
 
-def set_heads(attention: Any, heads: int, groups: int) -> None:
-    """The counts that an attention module keeps as attributes, and those that it reads from its config."""
-    for name, value in (
-        ("num_heads", heads),
-        ("num_key_value_heads", groups),
-        ("num_key_value_groups", heads // groups),
-    ):
-        if hasattr(attention, name):
-            setattr(attention, name, value)
-    config = getattr(attention, "config", None)
-    if config is not None and config.num_attention_heads != heads:
-        attention.config = copy.copy(config)
-        attention.config.__dict__.update(num_attention_heads=heads, num_key_value_heads=groups)
-
-
-def needs_mistral(model: Any, shape: anatomy.ModelShape, heads: int) -> bool:
+def needs_mistral(shape: ModelShape, heads: int) -> bool:
     """True where Llama's config would refuse the head count."""
     return becomes_mistral(shape) and heads != shape.heads and shape.hidden % heads != 0
 
@@ -160,16 +149,18 @@ def _plain(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
 
 
-def _indices(gate: Gate | None, size: int) -> Tensor:
-    return torch.arange(size) if gate is None else torch.nonzero(gate.kept.cpu()).flatten()
+def _index(values: Iterable[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.long, device=device)
 
 
-def _is_open(gate: Gate | None) -> bool:
-    return gate is None or bool(gate.kept[0])
+def _channels(heads: Iterable[int], head_dim: int) -> list[int]:
+    return [head * head_dim + channel for head in heads for channel in range(head_dim)]
 
 
-def _channels(heads: Tensor, head_dim: int) -> Tensor:
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+def _closed(present: Iterable[int], kept: Iterable[int], head_dim: int) -> list[int]:
+    """Places, among the channels of `present`, of those that are not kept."""
+    held = set(kept)
+    return _channels([place for place, head in enumerate(present) if head not in held], head_dim)
 
 
 def _unwrap(holder: GatedLinear, parent: nn.Module, name: str) -> nn.Module:
@@ -207,8 +198,7 @@ def _release_norm(block: nn.Module, name: str, gated: GatedNorm) -> None:
 def _set_sizes(base: Any, width: int, groups: int, heads: int, head_dim: int) -> None:
     """Into the config that every module of the model shares."""
     config = base.config
-    field = "intermediate_size" if hasattr(config, "intermediate_size") else "n_inner"
-    setattr(config, field, width)
+    setattr(config, _width_field(config), width)
     if heads != config.num_attention_heads:
         config.__dict__.update(num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim)
         for block in anatomy.blocks(base):
@@ -230,8 +220,52 @@ def _drop_blocks(base: Any, row: Anatomy, keep: list[int]) -> None:
                 part.layer_idx = number  # type: ignore[assignment]
 
 
+def _as_slim(base: Any, row: Anatomy, shape: ModelShape, parts: list[Part]) -> SparsmithSlimForCausalLM:
+    """The narrowed base in our own class. Its config keeps the head counts of old, which the family's class has checks for, and the width
+    of the widest FFN."""
+    widths = [len(part.units) for part in parts if part.ffn]
+    setattr(base.config, _width_field(base.config), max(widths, default=shape.ffn_width))
+    layers = [
+        {
+            "intermediate_size": len(part.units) * part.ffn,
+            "num_attention_heads": len(part.heads) * part.attention,
+            "num_key_value_heads": len(part.groups) * part.attention,
+            "attention": part.attention,
+            "ffn": part.ffn,
+        }
+        for part in parts
+    ]
+    slim = {
+        "blocks": row.blocks,
+        "attention": row.attention,
+        "ffn": row.ffn,
+        "attention_linears": list(row.attention_linears),
+        "ffn_linears": list(row.ffn_linears),
+        "fused": row.ffn_kind == "fused_gated",
+        "head_dim": shape.head_dim,
+        "per_layer_config": layers,
+    }
+    config = SparsmithSlimConfig(base_config=base.config, slim=slim, dtype=base.dtype)
+    model = SparsmithSlimForCausalLM(config, base)
+    model.requires_grad_(False)
+    return model.train(base.training)
+
+
+def _width_field(config: Any) -> str:
+    return "intermediate_size" if hasattr(config, "intermediate_size") else "n_inner"
+
+
 def _as_mistral(model: Any) -> Any:
-    """The same tensors in Mistral's class, which takes any number of heads."""
+    """The same tensors in Mistral's class, which takes any number of heads; of a wrapper, its base."""
+    base = anatomy.base_of(model)
+    if base is model:
+        return _mistral_of(model)
+    model.base = _mistral_of(base)
+    model.config.base_config = model.base.config
+    return model
+
+
+def _mistral_of(model: Any) -> Any:
     from transformers import MistralConfig, MistralForCausalLM, MistralForSequenceClassification
 
     values = {**model.config.to_dict(), "sliding_window": None}
@@ -242,6 +276,10 @@ def _as_mistral(model: Any) -> Any:
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         other = kind(config)
+    for ours, theirs in zip(anatomy.blocks(other), anatomy.blocks(model)):  # an FFN may be wrapped by another method
+        anatomy.set_ffn(ours, anatomy.ffn_of(theirs))
+    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(other.model, name, getattr(model.model, name))
     other.load_state_dict(model.state_dict(), assign=True, strict=True)
     other.tie_weights()
     for name, buffer in model.named_buffers():  # rotary tables are no part of the state

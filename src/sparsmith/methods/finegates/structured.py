@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from sparsmith import ranks
 from sparsmith.errors import ScheduleTooShort
 from sparsmith.methods.base import LossTerm, MethodPlan
-from sparsmith.methods.finegates import health, planning, start
+from sparsmith.methods.finegates import account, health, planning, start
 from sparsmith.methods.finegates.choose import choose
 from sparsmith.methods.finegates.config import FineGatesConfig
+from sparsmith.methods.finegates.forms import layout_of
 from sparsmith.methods.finegates.gates import Gate, GateState, gates_of, linears_of, sites, state_of
 from sparsmith.methods.finegates.graft import graft
 from sparsmith.methods.finegates.layout import Layout, Roles
@@ -127,8 +128,14 @@ class StructuredLayout(Layout):
         if state is not None and not is_settled(model):
             settle_gates(model, config, state.seed)
 
-    def prune(self, model: nn.Module, config: FineGatesConfig) -> nn.Module:
-        return fold_and_cut(model)
+    def form(self, model: nn.Module, asked: str) -> str:
+        return layout_of(model, asked).form
+
+    def tables(self, model: nn.Module, form: str) -> Mapping[str, Any]:
+        return account.tables(model, form)
+
+    def prune(self, model: nn.Module, config: FineGatesConfig, form: str = "auto") -> nn.Module:
+        return fold_and_cut(model, form)
 
 
 def is_settled(model: nn.Module) -> bool:
