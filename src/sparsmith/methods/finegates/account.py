@@ -26,7 +26,7 @@ def tables(model: nn.Module, form: str) -> dict[str, Any]:
     Args:
         form: a resolved form of `forms.py`.
     """
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     layout = layout_of(model, form)
     linears = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
     accounting = columns(model, layout.form, (counted(layout, row, shape), linears), deletable(layout, row, shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from sparsmith import anatomy
 from sparsmith.errors import MethodError
 from sparsmith.methods.finegates.config import FineGatesConfig
+from sparsmith.methods.finegates.places import plain_linear
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
@@ -26,12 +27,12 @@ def wants_biases(config: FineGatesConfig, classifier: bool) -> bool:
 
 def is_classifier(model: nn.Module) -> bool:
     """True for a sequence classifier."""
-    return any(kind.__name__.endswith("ForSequenceClassification") for kind in type(anatomy.base_of(model)).__mro__)
+    return anatomy.task_of(anatomy.base_of(model)) == anatomy.SEQ_CLS
 
 
 def biases_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of the bias of every linear of the blocks, behind gates and LoRA; a family without biases has none."""
-    shape = anatomy.shape_of(model.config)
+    shape = anatomy.shape_of(model)
     names = {id(module): name for name, module in model.named_modules()}
     found = []
     for block in anatomy.blocks(model):
@@ -41,21 +42,6 @@ def biases_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             if isinstance(bias, nn.Parameter):
                 found.append((f"{names[id(linear)]}.bias", bias))
     return found
-
-
-def plain_linear(block: nn.Module, path: str) -> nn.Module:
-    """The linear at `path` of a block, whatever has been put around it."""
-    parent, name = parent_of(block, path)
-    module: Any = getattr(parent, name)
-    module = getattr(module, "linear", module)
-    return getattr(module, "base_layer", module)
-
-
-def parent_of(block: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Who holds the linear at `path`, inside what another method has put around the FFN, and under which name."""
-    parent, _, name = path.rpartition(".")
-    holder = anatomy.walk(block, parent) if parent else block
-    return getattr(holder, "ffn", holder), name
 
 
 def bias_count(config: FineGatesConfig, row: Anatomy, shape: ModelShape) -> int:

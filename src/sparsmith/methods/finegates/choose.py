@@ -10,7 +10,6 @@ Ties are broken by how much a unit moves (input RMS times the norm of its column
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ def choose(model: nn.Module, config: FineGatesConfig, seed: int = 42) -> Choice:
         TargetUnreachable: with the interval that can be reached.
     """
     blocks, sizes = sites(model), Sizes.of(config, model)
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(cast(Any, model).config)
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     scores = [_scores(site, config, row, seed, layer) for layer, site in enumerate(blocks)]
     ties = [{kind: _ties(site, kind) for kind in score} for site, score in zip(blocks, scores)]
     attention_open = tuple(_open(site, "attention_block") for site in blocks)

@@ -18,14 +18,14 @@ def layers_of(model: Any) -> list[dict[str, Any]]:
     """The sizes of every block, as `slim.per_layer_config` has them; of a model of one shape all alike."""
     if is_slim(model):
         return list(model.config.slim["per_layer_config"])
-    shape = anatomy.shape_of(model.config)
+    shape = anatomy.shape_of(model)
     one = {"intermediate_size": shape.ffn_width, "num_attention_heads": shape.heads}
     return [{**one, "num_key_value_heads": shape.kv_heads, "attention": True, "ffn": True}] * shape.layers
 
 
 def cautions(model: nn.Module) -> tuple[str, ...]:
     """K-quants of llama.cpp need rows that are multiples of 256 and fall back to larger types elsewhere."""
-    shape, layers = anatomy.shape_of(model.config), layers_of(model)
+    shape, layers = anatomy.shape_of(model), layers_of(model)
     widths = sorted({layer["intermediate_size"] for layer in layers if layer["ffn"]})
     heads = sorted({layer["num_attention_heads"] * shape.head_dim for layer in layers if layer["attention"]})
     found = []

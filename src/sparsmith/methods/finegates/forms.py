@@ -85,7 +85,7 @@ def layout_of(model: nn.Module, form: str = "auto") -> Layout:
     """
     if form not in FORMS:
         raise UsageError("form", f"`{form}`", "one of " + ", ".join(FORMS), nearest(form, FORMS))
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     parts = tuple(Part.open_in(site, shape) for site in sites(model))
     per_group = shape.heads // shape.kv_heads
     if form == "zeros":

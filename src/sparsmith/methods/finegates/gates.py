@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsmith import anatomy
+from sparsmith.methods.finegates.places import Place, places_of
 from sparsmith.ops.gates import SHIFT, gate_values, logit_of, straight_clamp
 from sparsmith.seeds import torch_generator
 
@@ -220,8 +221,9 @@ class Site:
     attention: GatedAttention | None
     ffn_norm: GatedNorm | None
     attention_norm: GatedNorm | None
-    ffn_parent: nn.Module
-    attention_parent: nn.Module
+    ffn_places: tuple[Place, ...]
+    attention_places: tuple[Place, ...]
+    """Who holds each linear; the outward one is the last."""
 
     def gate(self, kind: str) -> Gate | None:
         """`units`, `groups`, `heads`, `attention_block` or `ffn_block`."""
@@ -246,10 +248,8 @@ def sites(model: nn.Module) -> list[Site]:
     row = anatomy.anatomy_of(model)
     found = []
     for block in anatomy.blocks(model):
-        ffn, attention = anatomy.ffn_of(block, row), anatomy.attention_of(block, row)
-        ffn = getattr(ffn, "ffn", ffn)  # inside what another method has put around it
-        last_ffn = getattr(ffn, row.ffn_linears[-1], None)
-        last_attention = getattr(attention, row.attention_linears[-1], None)
+        ffn, attention = places_of(block, row, "ffn"), places_of(block, row, "attention")
+        last_ffn, last_attention = (getattr(*places[-1], None) for places in (ffn, attention))
         ffn_norm, attention_norm = (_gated_norm(block, name) for name in (row.ffn_out_norm, row.attention_out_norm))
         found.append(
             Site(

@@ -12,13 +12,14 @@ from sparsmith.errors import MethodError
 from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.families import attention_gates
 from sparsmith.methods.finegates.gates import Gate, GatedAttention, GatedFFN, GatedNorm, GateState, gates_of
+from sparsmith.methods.finegates.places import places_of
 
 
 def graft(model: nn.Module, config: FineGatesConfig, seed: int) -> None:
     """Structured gates around the last linears of FFN and attention, in place; the function stays the same to the bit."""
     if gates_of(model):
         raise MethodError("finegates", "a model with gates already", "a model without", "Settle it first.")
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     heads = attention_gates(config, row)
     for block in anatomy.blocks(model):
         if config.gates.ffn or config.gates.blocks:
@@ -30,8 +31,7 @@ def graft(model: nn.Module, config: FineGatesConfig, seed: int) -> None:
 
 
 def _gate_ffn(block: nn.Module, row: Anatomy, shape: ModelShape, config: FineGatesConfig) -> None:
-    ffn = anatomy.ffn_of(block, row)
-    ffn, name = getattr(ffn, "ffn", ffn), row.ffn_linears[-1]
+    ffn, name = places_of(block, row, "ffn")[-1]
     linear = getattr(ffn, name)
     device = next(linear.parameters()).device
     gated = GatedFFN(linear, name, shape.ffn_width, device)
@@ -43,7 +43,7 @@ def _gate_ffn(block: nn.Module, row: Anatomy, shape: ModelShape, config: FineGat
 
 
 def _gate_attention(block: nn.Module, row: Anatomy, shape: ModelShape, config: FineGatesConfig, heads: str) -> None:
-    attention, name = anatomy.attention_of(block, row), row.attention_linears[-1]
+    attention, name = places_of(block, row, "attention")[-1]
     linear = getattr(attention, name)
     device = next(linear.parameters()).device
     gated = GatedAttention(linear, name, shape.heads * shape.head_dim, device)

@@ -41,6 +41,10 @@ class Layout:
         """True where gates are trained."""
         return True
 
+    def final_from(self, config: FineGatesConfig, total_steps: int) -> int:
+        """As `Method.final_from`."""
+        return 0
+
     def still_until(self, config: FineGatesConfig, total_steps: int) -> int:
         """As `Method.still_until`."""
         return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from sparsmith import anatomy, ranks
+from sparsmith.errors import MethodError
 from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan
 from sparsmith.methods.finegates import biases, deci, exported
 from sparsmith.methods.finegates.config import FineGatesConfig
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
     from sparsmith.methods.base import LoraSettings
 
-ROLE = "gate"
+ROLE, CLASSIFIER = "gate", "classifier"
 _LAYOUTS: dict[str, Layout] = {"paper": PaperLayout(), "structured": StructuredLayout()}
 
 
@@ -36,29 +38,40 @@ class FineGatesMethod(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.12951"
     config_class: ClassVar[type[MethodConfig]] = FineGatesConfig
     reads_batches: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = (anatomy.CAUSAL_LM, anatomy.SEQ_CLS)
 
     # what it is
 
     def plan(self, config: FineGatesConfig, anatomy: Anatomy, shape: ModelShape) -> MethodPlan:
-        return layout_of(config).plan(config, anatomy, shape)
+        found = layout_of(config).plan(config, anatomy, shape)
+        others = {biases.ROLE: biases.bias_count(config, anatomy, shape), CLASSIFIER: shape.classifier_params}
+        return replace(found, trained={**found.trained, **{role: count for role, count in others.items() if count}})
 
     def craft(self, model: nn.Module, config: FineGatesConfig, context: CraftContext) -> nn.Module:
+        if not biases.is_classifier(model) and config.changed("head_lr"):
+            raise MethodError(
+                "finegates.head_lr",
+                f"`{config.head_lr:g}`, which has no effect here",
+                "a classifier (model.task seq_cls)",
+                "Remove `head_lr`.",
+            )
         if not config.cuts:
             return model
         exported.refuse_slim(model)
         if anatomy.base_of(model) is model:
             anatomy.probe(model)
         layout = layout_of(config)
-        layout.check(config, anatomy.anatomy_of(model), anatomy.shape_of(model.config))
+        layout.check(config, anatomy.anatomy_of(model), anatomy.shape_of(model))
         if biases.wants_biases(config, biases.is_classifier(model)):
             biases.check_biases(model)
         layout.graft(model, config, context.seed)
         return model
 
     def roles(self, model: nn.Module, config: FineGatesConfig) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        head = anatomy.classifier_tensors(model) if biases.is_classifier(model) else []
         if not gates_of(model):
-            return {}
-        found = {ROLE: layout_of(config).roles(model, config)}
+            return {CLASSIFIER: head} if head else {}
+        found = {ROLE: layout_of(config).roles(model, config), CLASSIFIER: head}
         if biases.wants_biases(config, biases.is_classifier(model)):
             found[biases.ROLE] = biases.biases_of(model)
         return {role: tensors for role, tensors in found.items() if tensors}
@@ -68,10 +81,13 @@ class FineGatesMethod(Method):
         return (*gates, biases.ROLE) if config.train_bias is True else gates
 
     def rates(self, config: FineGatesConfig) -> Mapping[str, float]:
-        return {ROLE: config.gates.lr}
+        return {ROLE: config.gates.lr, CLASSIFIER: config.head_lr}
 
     def lora(self, config: FineGatesConfig, shape: ModelShape | None = None) -> LoraSettings | None:
         return config.lora
+
+    def final_from(self, config: FineGatesConfig, total_steps: int) -> int:
+        return layout_of(config).final_from(config, total_steps)
 
     def still_until(self, config: FineGatesConfig, total_steps: int) -> int:
         return layout_of(config).still_until(config, total_steps)
@@ -147,8 +163,9 @@ class FineGatesMethod(Method):
 
     def state(self, model: nn.Module, config: FineGatesConfig) -> dict[str, Tensor]:
         """Logits, scales and choices, the budget's lambda, what was watched, and trained biases: a cut run goes on to the same bits."""
-        trained = self.roles(model, config).get(biases.ROLE, ())
-        found: dict[str, Tensor] = {name: bias.detach() for name, bias in trained}
+        trained = self.roles(model, config)
+        apart = (*trained.get(biases.ROLE, ()), *trained.get(CLASSIFIER, ()))
+        found: dict[str, Tensor] = {name: tensor.detach() for name, tensor in apart}
         parts = {
             Gate: ("logit", "scale", "kept", "settled", "pull"),
             GateState: ("dual", "sigma", "aim", "started"),

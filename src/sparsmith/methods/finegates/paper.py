@@ -23,12 +23,13 @@ from sparsmith.errors import LayoutMismatch, MethodError
 from sparsmith.methods.base import LossTerm, MethodPlan, ModuleChange
 from sparsmith.methods.finegates import account
 from sparsmith.methods.finegates.biases import ROLE as BIAS
-from sparsmith.methods.finegates.biases import bias_count, parent_of
+from sparsmith.methods.finegates.biases import bias_count
 from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.gates import GateState, gates_of
 from sparsmith.methods.finegates.layout import Layout, Roles
 from sparsmith.methods.finegates.paper_cut import counted, deletable, fold_and_delete, kept, living
 from sparsmith.methods.finegates.paper_gates import START, PaperLinear, paper_linears
+from sparsmith.methods.finegates.places import parent_of
 from sparsmith.methods.finegates.structured import check_room
 from sparsmith.ops.gates import SHIFT, gate_values, logit_of
 
@@ -57,7 +58,7 @@ class PaperLayout(Layout):
     def graft(self, model: nn.Module, config: FineGatesConfig, seed: int) -> None:
         if gates_of(model):
             raise MethodError("finegates", "a model with gates already", "a model without", "Settle it first.")
-        shape, index = anatomy.shape_of(model.config), 0
+        shape, index = anatomy.shape_of(model), 0
         for block in anatomy.blocks(model):
             for path, (inputs, outputs) in shape.linears.items():
                 parent, name = parent_of(block, path)
@@ -99,7 +100,7 @@ class PaperLayout(Layout):
         found: dict[str, Any] = dict(_fractions(linears))
         for side in ("rows", "columns"):
             found[f"mean/{side}"] = float(torch.cat([getattr(one, side).folded() for one in linears]).mean())
-        row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+        row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
         blocks, (removed, every) = living(model), counted(model)
         found["counted"] = removed / every
         body = shape.attention_params + shape.ffn_params
@@ -125,7 +126,7 @@ class PaperLayout(Layout):
         return "uniform"
 
     def tables(self, model: nn.Module, form: str) -> Mapping[str, Any]:
-        row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+        row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
         gone = deletable(kept(living(model), row, shape), row, shape)
         return {"accounting": account.columns(model, form, counted(model), {"units and groups": gone})}
 

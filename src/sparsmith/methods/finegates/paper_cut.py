@@ -23,12 +23,12 @@ from transformers.activations import ACT2FN
 
 from sparsmith import anatomy
 from sparsmith.anatomy import Anatomy, ModelShape
-from sparsmith.methods.finegates.biases import parent_of
 from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.families import Costs, attention_refusal, kept_groups_allowed
 from sparsmith.methods.finegates.gates import Gate, sites
 from sparsmith.methods.finegates.graft import graft
 from sparsmith.methods.finegates.paper_gates import PaperLinear, paper_linears
+from sparsmith.methods.finegates.places import parent_of
 from sparsmith.methods.finegates.prune import fold_and_cut
 
 
@@ -54,7 +54,7 @@ def counted(model: nn.Module) -> tuple[int, int]:
 @torch.no_grad()
 def living(model: nn.Module) -> list[Living]:
     """Of every block of a model with the paper's gates."""
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     rests = _rests_at_zero(anatomy.base_of(model).config)
     return [Living(_units(block, shape, rests), _groups(block, row, shape)) for block in anatomy.blocks(model)]
 
@@ -78,7 +78,7 @@ def deletable(blocks: list[Living], row: Anatomy, shape: ModelShape) -> int:
 
 def fold(model: nn.Module) -> None:
     """W <- Diag(omega_r) W Diag(omega_c) and b <- omega_r b, in place, in float32 and rounded once; the wrappers go. Shapes stay."""
-    shape = anatomy.shape_of(model.config)
+    shape = anatomy.shape_of(model)
     for block in anatomy.blocks(model):
         for path in shape.linears:
             parent, name = parent_of(block, path)
@@ -92,7 +92,7 @@ def fold(model: nn.Module) -> None:
 
 def fold_and_delete(model: nn.Module) -> nn.Module:
     """`fold`, then delete what is dead in a form that a stock class takes. The function is that of the gated model at test time."""
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     stay = kept(living(model), row, shape)
     fold(model)
     if not deletable(stay, row, shape):

@@ -18,6 +18,7 @@ from sparsmith.methods.finegates.families import becomes_mistral
 from sparsmith.methods.finegates.forms import Part, layout_of
 from sparsmith.methods.finegates.gates import Gate, GatedLinear, GatedNorm, Site, sites
 from sparsmith.methods.finegates.modeling import SparsmithSlimConfig, SparsmithSlimForCausalLM, set_heads
+from sparsmith.methods.finegates.places import Place
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def fold_and_cut(model: Any, form: str = "auto") -> Any:
         LayoutMismatch: a form that the model cannot take; it is left as it was.
     """
     layout = layout_of(model, form)
-    row, shape, base = anatomy.anatomy_of(model), anatomy.shape_of(model.config), anatomy.base_of(model)
+    row, shape, base = anatomy.anatomy_of(model), anatomy.shape_of(model), anatomy.base_of(model)
     for site, block, kept, present in zip(sites(model), anatomy.blocks(model), layout.open, layout.present):
         if present is not None:
             _Cut(kept, present, shape, row).apply(block, site)
@@ -64,33 +65,34 @@ class _Cut:
         row = self.row
         if site.ffn is not None:
             scale = site.ffn.input_gate()
-            linear = _unwrap(site.ffn, site.ffn_parent, row.ffn_linears[-1])
+            linear = _unwrap(site.ffn, *site.ffn_places[-1])
             _scale_out(linear, site.ffn._modules.get("block"))
             if scale is not None:
-                self._cut_ffn(site.ffn_parent, linear, scale)
+                self._cut_ffn(site.ffn_places, linear, scale)
         if site.attention is not None:
             scale = site.attention.input_gate()
-            linear = _unwrap(site.attention, site.attention_parent, row.attention_linears[-1])
+            linear = _unwrap(site.attention, *site.attention_places[-1])
             _scale_out(linear, site.attention._modules.get("block"))
             if scale is not None:
-                self._cut_attention(site.attention_parent, linear, scale)
+                self._cut_attention(site.attention_places, linear, scale)
         for norm, name in ((site.ffn_norm, row.ffn_out_norm), (site.attention_norm, row.attention_out_norm)):
             if norm is not None:
                 _release_norm(block, name, norm)
 
-    def _cut_ffn(self, parent: Any, linear: nn.Module, scale: Tensor) -> None:
+    def _cut_ffn(self, places: tuple[Place, ...], linear: nn.Module, scale: Tensor) -> None:
         units, device = self.present.units, scale.device
         open_units = set(self.kept.units) if self.kept.ffn else set()
         take_columns(linear, _index(units, device), scale)
         times = 2 if self.row.ffn_kind == "fused_gated" else 1
         rows = [unit + part * self.shape.ffn_width for part in range(times) for unit in units]
         closed = [place for place, unit in enumerate(units * times) if unit not in open_units]
-        for name in self.row.ffn_linears[:-1]:
-            take_rows(getattr(parent, name), _index(rows, device), _index(closed, device))
+        for holder, name in places[:-1]:
+            take_rows(getattr(holder, name), _index(rows, device), _index(closed, device))
+        parent: Any = places[-1][0]
         if hasattr(parent, "intermediate_size"):
             parent.intermediate_size = len(units)
 
-    def _cut_attention(self, parent: nn.Module, linear: nn.Module, scale: Tensor) -> None:
+    def _cut_attention(self, places: tuple[Place, ...], linear: nn.Module, scale: Tensor) -> None:
         h, shape, device = self.shape.head_dim, self.shape, scale.device
         on = self.kept.attention
         queries = _channels(self.present.heads, h)
@@ -98,8 +100,8 @@ class _Cut:
         keys = _channels(self.present.groups, h)
         no_queries = _closed(self.present.heads, self.kept.heads if on else (), h)
         no_keys = _closed(self.present.groups, self.kept.groups if on else (), h)
-        names = self.row.attention_linears[:-1]
-        if len(names) == 1:
+        inward = [getattr(holder, name) for holder, name in places[:-1]]
+        if len(inward) == 1:
             first, second = shape.heads * h, (shape.heads + shape.kv_heads) * h
             rows = [*queries, *(k + first for k in keys), *(k + second for k in keys)]
             closed = [
@@ -107,11 +109,11 @@ class _Cut:
                 *(k + len(queries) for k in no_keys),
                 *(k + len(queries) + len(keys) for k in no_keys),
             ]
-            take_rows(getattr(parent, names[0]), _index(rows, device), _index(closed, device))
+            take_rows(inward[0], _index(rows, device), _index(closed, device))
         else:
-            for name, rows, closed in zip(names, (queries, keys, keys), (no_queries, no_keys, no_keys)):
-                take_rows(getattr(parent, name), _index(rows, device), _index(closed, device))
-        set_heads(parent, len(self.present.heads), len(self.present.groups))
+            for linear, rows, closed in zip(inward, (queries, keys, keys), (no_queries, no_keys, no_keys)):
+                take_rows(linear, _index(rows, device), _index(closed, device))
+        set_heads(places[-1][0], len(self.present.heads), len(self.present.groups))
 
 
 def take_rows(linear: nn.Module, rows: Tensor, closed: Tensor) -> None:

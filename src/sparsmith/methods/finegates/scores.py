@@ -70,9 +70,8 @@ def baseline_scores(name: str, site: Site, kind: str, row: Anatomy, seed: int, l
 
 def _inward_norms(site: Site, kind: str, row: Anatomy, size: int) -> Tensor:
     """(size,) norm of the rows that make each gate's channels: of the up projection, or of the values."""
-    parent = site.ffn_parent if kind == "units" else site.attention_parent
-    names = row.ffn_linears if kind == "units" else row.attention_linears
-    rows = plain_weight(getattr(parent, names[-2]))
+    parent, name = (site.ffn_places if kind == "units" else site.attention_places)[-2]
+    rows = plain_weight(getattr(parent, name))
     if kind == "heads":  # each query head reads the values of its group
         return torch.ones(size)
     if kind == "units":

@@ -40,7 +40,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: FineGatesConfig, model: nn.Module) -> Sizes:
-        return cls.from_shape(config, anatomy.anatomy_of(model), anatomy.shape_of(model.config))
+        return cls.from_shape(config, anatomy.anatomy_of(model), anatomy.shape_of(model))
 
     @classmethod
     def from_shape(cls, config: FineGatesConfig, row: anatomy.Anatomy, shape: anatomy.ModelShape) -> Sizes:

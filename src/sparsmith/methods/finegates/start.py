@@ -11,8 +11,6 @@ move them.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ FURTHEST = 0.9
 @torch.no_grad()
 def by_importance(model: nn.Module, config: FineGatesConfig) -> None:
     """Set every unit's logit from its rank; sub-block gates stay where they are."""
-    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(cast(Any, model).config)
+    row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     groups, width = expected(config, row, shape)
     kept = {"units": width / shape.ffn_width, "groups": groups / shape.kv_heads, "heads": 1.0}
     blocks = sites(model)

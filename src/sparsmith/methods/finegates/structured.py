@@ -52,6 +52,9 @@ class StructuredLayout(Layout):
     def wants_gates(self, config: FineGatesConfig) -> bool:
         return config.cuts and (config.learned or config.settle.train_scales)
 
+    def final_from(self, config: FineGatesConfig, total_steps: int) -> int:
+        return steps_of(config, total_steps)[1] if config.cuts else 0
+
     def still_until(self, config: FineGatesConfig, total_steps: int) -> int:
         return steps_of(config, total_steps)[0]
 
