@@ -38,8 +38,10 @@ def lora_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
 
 
 def _is_linear(path: str, wanted: str, part: str, name: str) -> bool:
-    """Whether a module of a block is the wanted linear: at its path, or further inside its part, where a method has wrapped that."""
-    return path == wanted or (bool(part) and path.startswith(f"{part}.") and path.endswith(f".{name}"))
+    """Whether a module of a block is the wanted linear: at its path, or further inside where a method has wrapped it (under its own name)
+    or its part."""
+    wrapped = f"{wanted}.{wanted.rsplit('.', 1)[-1]}"
+    return path in (wanted, wrapped) or (bool(part) and path.startswith(f"{part}.") and path.endswith(f".{name}"))
 
 
 def lora_config(model: nn.Module, settings: LoraSettings) -> LoraConfig:
