@@ -29,7 +29,7 @@ VERBS: dict[str, set[str]] = {
     "bench": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--out", "--batch", "--context", "--new-tokens", "--repeats"}
     | {"--prompts", "--rows", "--calibrate", "--seed"},
     "protocol": OVERRIDES
-    | {"NAME", "--seeds", "--controls", "--arms", "--arm", "--ict-share", "--extracted-steps", "--verdicts"},
+    | {"NAME", "--seeds", "--controls", "--arms", "--arm", "--ict-share", "--extracted-steps", "--verdicts", "--targets"},
 }
 
 

@@ -37,7 +37,7 @@ class GateSettings(StrictModel):
     start: Literal["importance", "level"] = "importance"
     """`importance`: after `schedule.hold` at the cut, in the order of what each unit moves and of what the task feels of it; `level`: all
     alike at `init_mu`."""
-    band: Positive = 0.3
+    band: Positive = 0.15
     """Share of the units around the cut that start soft; start importance only."""
     init_mu: Annotated[float, Field(gt=-1, lt=1)] = 0.52
     """Where mu starts with start level; the paper layout draws its logits from N(1, 0.1^2) instead."""
@@ -58,7 +58,7 @@ class Schedule(StrictModel):
 
     hold: Share = 0.03
     warmup: Share = 0.05
-    settle_at: Share = 0.25
+    settle_at: Share = 0.13
 
     def clashes(self) -> Iterable[Clash]:
         if not self.hold <= self.warmup <= self.settle_at:
