@@ -245,6 +245,25 @@ def test_exits_then_experts_from_python(tmp_path, capsys):
     assert sm.load(run).config.model_type == "sparsmith_pesc"
 
 
+def test_cut_then_experts_on_the_freed_budget(tmp_path, capsys):
+    """Attention gates leave an expectation in the plan; what was cut is what the second stage is planned and built on."""
+    cut = {"method": "finegates", "target": 0.7, "baseline": "magnitude", "settle": {"unit": 4}}
+    path = staged_recipe(tmp_path, cut)
+    small = ["stages.0.train.steps=4", "stages.1.train.steps=2"]
+    code, out, err = said(capsys, "plan", path, *small, "--json")
+    assert code == 0, err
+    first, second = json.loads(out)["stages"]
+    assert any("an expectation" in note for note in second["notes"])
+    code, _, err = said(capsys, "tune", path, *small)
+    assert code == 0, err
+    run = tmp_path / "run"
+    plan = json.loads((stages_of(run)[1] / "plan.json").read_text())
+    dense = load_base(ModelSettings(path=str(stages_of(run)[0] / "settled")))
+    held = sum(p.numel() for p in dense.parameters())
+    assert plan["parameters"]["base"] == held < first["parameters"]["base"]
+    assert second["parameters"]["base"] == pytest.approx(held, rel=0.1)
+
+
 def test_a_failed_guard_is_not_built_upon(tmp_path, capsys):
     path = staged_recipe(tmp_path, {**SOFT, "guard": {"max_loss_gap": 0.0}})
     for _ in range(2):

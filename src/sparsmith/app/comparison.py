@@ -89,7 +89,7 @@ def _soft(asked: Asked) -> Any:
 def _finegates(asked: Asked) -> Any:
     from sparsmith.protocols.finegates import ARMS, Choices, compare
 
-    loaded = load_recipe(asked.recipe, asked.overrides)
+    loaded = single_recipe(asked.recipe, asked.overrides, what=_ONE)
     named = dict(_named(asked, text) for text in asked.named or ())
     choices = Choices(arms=tuple(asked.arms or ARMS), seeds=tuple(_seeds(asked)))
     if asked.targets is not None:

@@ -14,6 +14,7 @@ from sparsmith.crafting.plan_stages import StagesPlan, plan_stages
 from sparsmith.errors import MethodError
 from sparsmith.methods import registry
 from sparsmith.methods.base import LoraSettings
+from sparsmith.methods.finegates.config import FineGatesConfig, GateSettings, SettleSettings
 from tests.kit.fifth import SHIFT, ShiftConfig
 from tests.kit.pico import pico_config, pico_model
 from tests.kit.staged_run import STEPS, staged_recipe
@@ -25,6 +26,8 @@ DENSE = {
     "exits": sm.SoftConfig(exits=(1, 2)),
     "exits, LoRA": sm.SoftConfig(exits=(1, 2), tune="lora", lora=LORA),
     "exits, a head of its own": sm.SoftConfig(exits=(1, 2), tune="lora", lora=LORA, head="train", untie=True),
+    "cut FFN": FineGatesConfig(target=0.7, gates=GateSettings(attention="none")),
+    "cut by magnitude": FineGatesConfig(target=0.7, gates=GateSettings(attention="none"), baseline="magnitude"),
 }
 
 
@@ -46,6 +49,7 @@ def test_the_settled_config_is_that_of_the_settled_model(name):
         (sm.PescConfig(num_experts=4, adapter_dim=8), "experts"),
         (sm.PescConfig(control="single_adapter", adapter_dim=8), "experts"),
         (sm.SoftConfig(exits=(1, 2), trunk="frozen"), "frozen trunk"),
+        (FineGatesConfig(settle=SettleSettings(scope="global")), "layers may differ"),
     ],
 )
 def test_what_leaves_no_dense_model_says_so(config, words):
