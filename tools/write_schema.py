@@ -23,11 +23,16 @@ def table_text() -> str:
     """Every key with its kind, default and meaning, one table per group."""
     schema = json_schema(registry.config_classes())
     groups = {"recipe": schema, **schema["$defs"]}
+    # what a recipe without stages must hold; with them it may stand at the top or in the stages
+    alone: dict[str, Any] = {"recipe": schema["else"]["required"]}
+    for key, told in schema["else"]["properties"].items():
+        alone[schema["properties"][key]["$ref"].rsplit("/", 1)[1]] = told["required"]
     head = "# Keys of a recipe\n\nWritten by `make schema` from the settings classes.\n"
-    return head + "".join(_group(name, group) for name, group in groups.items())
+    return head + "".join(_group(name, group, alone.get(name, [])) for name, group in groups.items())
 
 
-def _group(name: str, group: dict[str, Any]) -> str:
+def _group(name: str, group: dict[str, Any], alone: list[str]) -> str:
+    """`alone`: keys that a recipe of one stage must hold."""
     about = " ".join(group.get("description", "").split())
     lines = [
         f"\n## {name}\n",
@@ -37,7 +42,11 @@ def _group(name: str, group: dict[str, Any]) -> str:
     ]
     required = group.get("required", [])
     for key, field in group.get("properties", {}).items():
-        default = "required" if key in required else f"`{json.dumps(field.get('default'))}`"
+        default = f"`{json.dumps(field.get('default'))}`"
+        if key in required or key in alone:
+            default = "required" if key in required else "required (with `stages`, here or in them)"
+        if name == "recipe" and key in ("methods", "stages"):
+            default = "one of `methods` and `stages`"
         meaning = " ".join(field.get("description", "").split())
         lines.append(f"| `{key}` | {_kind(field)} | {default} | {meaning} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ auto.install()  # transformers' Auto classes will know our architectures; import
 _HOMES = {
     "craft": "sparsmith.crafting.apply",
     "load_base": "sparsmith.crafting.base_model",
-    "plan": "sparsmith.crafting.plan",
+    "plan": "sparsmith.crafting.plan_stages",
     "save": "sparsmith.crafting.checkpoint",
     "load": "sparsmith.crafting.checkpoint",
     "settle": "sparsmith.crafting.settle",

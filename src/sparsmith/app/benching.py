@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsmith import durable
 from sparsmith.app.bench_table import bench_table
-from sparsmith.app.recipes import load_recipe
+from sparsmith.app.recipes import measured_recipe
 from sparsmith.errors import UsageError
-from sparsmith.runs import RunFolder, is_run
+from sparsmith.runs import RunFolder, is_run, last_stage
 
 if TYPE_CHECKING:
     from sparsmith.evaluating.latency import Way, WaySpeed
@@ -106,12 +106,12 @@ class _Bench:
         from sparsmith.inference.profile import device_name, dtype_of
 
         self.settings = settings
-        self.out = Path(out) if out is not None else Path(target) if is_run(target) else None
+        self.out = Path(out) if out is not None else last_stage(target) if is_run(target) else None
         if settings.calibrate is not None and self.out is None:
             raise UsageError(
                 "--calibrate", "a model that is no run", "a folder for the thresholds", "Add --out FOLDER."
             )
-        chosen = load_recipe(recipe, overrides) if recipe is not None else None
+        chosen = measured_recipe(recipe, overrides) if recipe is not None else None
         model, self.tokenizer, own = load_model(target)
         require_text(model, str(target))
         self.model, self.recipe = placed(model), own

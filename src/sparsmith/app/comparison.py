@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsmith.app.recipes import load_recipe
+from sparsmith.app.recipes import single_recipe
 from sparsmith.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from sparsmith.app.tuning import Baseline
     from sparsmith.recipe.schema import Recipe
+
+
+_ONE = "a protocol compares one crafting of one base"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def protocol(name: str, recipe: str | Path, overrides: Sequence[str] = (), **opt
 def _pesc(asked: Asked) -> Any:
     from sparsmith.protocols.pesc import CONTROLS, compare
 
-    loaded = load_recipe(asked.recipe, asked.overrides)
+    loaded = single_recipe(asked.recipe, asked.overrides, what=_ONE)
     controls = tuple(asked.controls or CONTROLS)
     return compare(loaded, controls, _seeds(asked), Path(loaded.output).absolute(), _Cells(asked.console).tune)
 
@@ -72,7 +75,7 @@ def _soft(asked: Asked) -> Any:
     from sparsmith.protocols.soft import compare
     from sparsmith.protocols.soft_arms import ARMS, Choices
 
-    loaded = load_recipe(asked.recipe, asked.overrides)
+    loaded = single_recipe(asked.recipe, asked.overrides, what=_ONE)
     named = dict(_named(asked, text) for text in asked.named or ())
     steps: Any = asked.extracted_steps or "equal"
     share = 1.0 if asked.ict_share is None else asked.ict_share
@@ -86,7 +89,7 @@ def _soft(asked: Asked) -> Any:
 def _finegates(asked: Asked) -> Any:
     from sparsmith.protocols.finegates import ARMS, Choices, compare
 
-    loaded = load_recipe(asked.recipe, asked.overrides)
+    loaded = single_recipe(asked.recipe, asked.overrides, what=_ONE)
     named = dict(_named(asked, text) for text in asked.named or ())
     choices = Choices(arms=tuple(asked.arms or ARMS), seeds=tuple(_seeds(asked)))
     if asked.targets is not None:
@@ -181,7 +184,7 @@ def _named(asked: Asked, text: str) -> tuple[str, Recipe]:
         raise UsageError("--arm", f"`{text}`", "NAME=key=value,key=value", 'Write --arm boost="weights=full_boost".')
     given = [part.strip() for part in _split(settings)]
     keys = [part if part.startswith("train.") else f"methods.0.{part}" for part in given]
-    return name, load_recipe(asked.recipe, [*asked.overrides, *keys])
+    return name, single_recipe(asked.recipe, [*asked.overrides, *keys], what=_ONE)
 
 
 def _split(text: str) -> list[str]:

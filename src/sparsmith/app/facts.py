@@ -7,7 +7,10 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsmith.runs import RunFolder
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors", "bitsandbytes")
 
@@ -42,6 +45,16 @@ def machine() -> dict[str, Any]:
 def command() -> str:
     """The command line, without the folder of the program."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def of_run(run: RunFolder) -> dict[str, Any]:
+    """What a model card tells of the run that made the model."""
+    return {
+        "run": run.read(run.facts),
+        "recipe": run.recipe.read_text(encoding="utf-8"),
+        "proof": run.read(run.proof),
+        "plan": run.read(run.plan),
+    }
 
 
 def _processor() -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsmith import durable, ranks
 from sparsmith.app.opening import FREE, flat
-from sparsmith.app.recipes import load_recipe
+from sparsmith.app.recipes import single_recipe
 from sparsmith.errors import CheckpointMismatch, GuardFailed, MethodError, UsageError
 from sparsmith.methods import registry
 from sparsmith.methods.base import Control, MethodConfig
@@ -74,7 +74,7 @@ class Guard:
             raise UsageError(
                 where, f"no finished run at {self.given.root}", "the folder of a finished control", "Check the path."
             )
-        found = load_recipe(self.given.recipe, check_paths=False)
+        found = single_recipe(self.given.recipe, check_paths=False)
         self._check_methods(where, found)
         mine, theirs = (flat(one.model_dump(mode="json", exclude={"methods"})) for one in (self.recipe, found))
         for key in sorted(mine | theirs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from sparsmith import recipe as recipes
 from sparsmith.app.recipes import load_recipe
 from sparsmith.errors import CheckpointError, RecipeError, RecipeErrors, SparsmithError, UsageError
 from sparsmith.recipe.schema import Recipe
-from sparsmith.runs import RunFolder
+from sparsmith.recipe.staged import StagedRecipe
+from sparsmith.runs import RunFolder, StagesFolder, same_staged_root
 
 # keys that change neither what is learned nor from what: a resumed run may take other values
 FREE = frozenset(
@@ -48,10 +50,19 @@ def opened(run: RunFolder, recipe: Recipe, warn: Callable[[str], None]) -> Itera
             durable.clean_leftovers(place)
         if any(run.root.iterdir()):
             _check_own(run, recipe)
-        durable.write_text(run.recipe, recipes.dump(recipe))
+        durable.write_text(run.recipe, recipes.dump(_movable(recipe, run)))
         found = _latest(run, warn)
         ranks.wait()
         yield found
+
+
+def _movable(recipe: Recipe, run: RunFolder) -> Recipe:
+    """What a stage's run writes down: the stage before is named relative to it, so that the whole can be moved."""
+    base = recipe.model.path
+    if not Path(base).is_absolute() or same_staged_root(base, run.root) is None:
+        return recipe
+    nearby = os.path.relpath(Path(base).resolve(), run.root.resolve())
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": nearby})})
 
 
 def require_space(run: RunFolder, disk: dict[str, int], keep: int | None) -> None:
@@ -79,8 +90,13 @@ def _check_own(run: RunFolder, recipe: Recipe) -> None:
     refuse_other_recipe(run, recipe)
 
 
-def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
+def refuse_other_recipe(
+    run: RunFolder | StagesFolder, recipe: Recipe | StagedRecipe, free: Callable[[str], bool] = lambda key: key in FREE
+) -> None:
     """Refuse a recipe that differs from the run's in what matters.
+
+    Args:
+        free: tells of a dotted key whether it may differ.
 
     Raises:
         RecipeErrors: every differing key with both values.
@@ -94,7 +110,7 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
             str(run.recipe), f"a recipe that cannot be read ({error.found})", "the run's recipe", "Remove the folder."
         ) from error
     before, now = flat(known.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in FREE]
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not free(key)]
     if changed:
         mend = "Set it back to go on with this run, or change `output` for a new one."
         raise RecipeErrors(

@@ -16,6 +16,7 @@ from sparsmith.app.opening import opened, require_space
 from sparsmith.app.recipes import load_recipe
 from sparsmith.errors import DataError, MethodError, ProofError
 from sparsmith.recipe.schema import Recipe
+from sparsmith.recipe.staged import StagedRecipe
 from sparsmith.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -50,14 +51,14 @@ class Baseline:
 
 
 def tune(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | StagedRecipe | str | Path,
     overrides: Sequence[str] = (),
     *,
     console: Console | None = None,
     label: str = "",
     baseline: Baseline | None = None,
 ) -> Path:
-    """Run a recipe to its end and return the run's folder.
+    """Run a recipe to its end, with every stage of it, and return the run's folder.
 
     Args:
         recipe: a recipe or the path of one.
@@ -70,8 +71,12 @@ def tune(
         SparsmithError: bad recipe, data, base or setting; ProofError where something that must hold does not; GuardFailed, after
             everything is saved, where the full model lost more to its control than the recipe allows.
     """
-    if not isinstance(recipe, Recipe):
+    if not isinstance(recipe, Recipe | StagedRecipe):
         recipe = load_recipe(recipe, overrides)
+    if isinstance(recipe, StagedRecipe):
+        from sparsmith.app.staging import tune_stages
+
+        return tune_stages(recipe, console=console, label=label, baseline=baseline)
     ranks.rows_per_rank(recipe.train.batch_size, recipe.train.micro_batch_size)  # refused before anything is read
     guard = guard_of(recipe)
     if guard is not None:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsmith.app.recipes import load_recipe
+from sparsmith.app.facts import of_run
+from sparsmith.app.recipes import measured_recipe, single_recipe
 from sparsmith.errors import UsageError
-from sparsmith.runs import RunFolder, is_run, open_run
+from sparsmith.runs import RunFolder, StagesFolder, is_run, is_staged, last_stage, open_run, staged_root
 
 if TYPE_CHECKING:
     from sparsmith.app.spent import Spent
@@ -28,7 +29,7 @@ def load_model(target: str | Path) -> tuple[Any, Any, Recipe | None]:
     logging.disable_progress_bar()
     if is_run(target):
         run = open_run(target)
-        recipe = load_recipe(run.recipe, check_paths=False)
+        recipe = single_recipe(run.recipe, check_paths=False)
         if not run.model.is_dir():
             raise UsageError(str(target), "a run without a model", "a finished run", "Run `sparsmith tune` to its end.")
         return load(run.model), load_tokenizer(recipe.model), recipe
@@ -65,7 +66,7 @@ def evaluate(
     from sparsmith.evaluating import evaluate as measure
 
     model, tokenizer, own = load_model(target)
-    chosen = load_recipe(recipe, overrides) if recipe is not None else own
+    chosen = measured_recipe(recipe, overrides) if recipe is not None else own
     if chosen is None:
         raise UsageError(str(target), "no recipe", "a run, or --recipe with `data.eval`", "Add --recipe FILE.")
     classes = model.config.num_labels if anatomy.task_of(model) == anatomy.SEQ_CLS else None
@@ -133,7 +134,7 @@ def _with_own_files(target: str | Path, mode: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: thresholds that nobody has calibrated.
     """
-    run = RunFolder(Path(target))
+    run = RunFolder(last_stage(target))
     if isinstance(mode.get("budget"), str) and mode.get("profile") is None and run.root.is_dir():
         mode = {**mode, "profile": run.profile}
     if mode.get("exit_threshold") == "calibrated":
@@ -153,15 +154,7 @@ def export(target: str | Path, out: str | Path, **options: Any) -> Any:
     from sparsmith.exporting import export as write
 
     model, tokenizer, recipe = load_model(target)
-    facts: dict[str, Any] = {}
-    if recipe is not None:
-        run = open_run(target)
-        facts = {
-            "run": run.read(run.facts),
-            "recipe": run.recipe.read_text(encoding="utf-8"),
-            "proof": run.read(run.proof),
-            "plan": run.read(run.plan),
-        }
+    facts = of_run(open_run(target)) if recipe is not None else {}
     report = write(model, out, tokenizer=tokenizer, facts=facts, **options)
     if recipe is not None:
         run = open_run(target)
@@ -176,16 +169,22 @@ def export(target: str | Path, out: str | Path, **options: Any) -> Any:
 
 
 def rewrite_report(root: Path) -> Path:
-    """The run's own report, anew."""
-    from sparsmith.reporting import write_report
+    """The run's own report, anew; of a stage also the page of the whole, where it is there."""
+    from sparsmith.reporting import write_report, write_stages_report
 
+    whole = staged_root(root)
+    if whole is not None and StagesFolder(whole).report.is_file():
+        write_stages_report(whole)
     return write_report([root], root / "report.html")
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """One self-contained HTML page for one run or several side by side."""
-    from sparsmith.reporting import write_report
+    """One self-contained HTML page for one run or several side by side; of a run of several stages alone, its table of them all."""
+    from sparsmith.reporting import write_report, write_stages_report
 
+    if len(runs) == 1 and is_staged(runs[0]):
+        open_run(runs[0])
+        return write_stages_report(runs[0], out)
     folders = [open_run(run).root for run in runs]
     return write_report(folders, Path(out) if out else folders[0] / "report.html")
 

@@ -19,6 +19,7 @@ from sparsmith.errors import (
     nearest,
 )
 from sparsmith.recipe import is_hub_id
+from sparsmith.runs import staged_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def load_base(
     attach_base(
         model,
         BaseRecord(
-            id=settings.path,
+            id=_label(settings.path, path),
             folder=Path(path) if Path(path).is_dir() else None,
             revision=settings.revision,
             quant=settings.quant,
@@ -104,6 +105,12 @@ def load_base(
         ),
     )
     return model.eval()
+
+
+def _label(named: str, path: str) -> str:
+    """How a record names the base: as the user did; the result of an earlier stage by its place in the run, which may be moved."""
+    root = staged_root(path) if Path(path).is_dir() else None
+    return Path(path).relative_to(root).as_posix() if root is not None else named
 
 
 def open_base(

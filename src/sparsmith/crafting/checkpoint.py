@@ -23,6 +23,7 @@ from sparsmith.crafting.settle import is_settled, settled_copy
 from sparsmith.errors import CheckpointError, CheckpointMismatch, MethodError
 from sparsmith.ops.shards import is_sharded
 from sparsmith.recipe.schema import ModelSettings
+from sparsmith.runs import last_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +128,8 @@ def load(
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` itself, or the `model/` of a run folder."""
+    """`path` itself, or the `model/` of a run folder; of a run of several stages, of its last."""
+    path = last_stage(path)
     if not (path / FILE).is_file() and (path / "model" / FILE).is_file():
         return path / "model"
     return path
@@ -152,8 +154,10 @@ def _open_base(folder: Path, identity: Identity, base: Any, trust_remote_code: b
     if base is not None and not isinstance(base, (str, Path)):
         return base
     row = identity.base
-    place = str(base) if base is not None else row.folder or row.id
-    if not place or (base is None and row.folder and not Path(row.folder).is_dir()):
+    # the folder of an earlier stage is written relative to the checkpoint; an absolute one stays as it is
+    recorded = str(folder.absolute() / row.folder) if row.folder else None
+    place = str(base) if base is not None else recorded or row.id
+    if not place or (base is None and recorded and not Path(recorded).is_dir()):
         raise CheckpointError(
             f"{folder}: base",
             f"no folder {place}" if place else "a base that lay in no folder",

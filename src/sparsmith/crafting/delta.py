@@ -47,7 +47,7 @@ def write_delta(model: PreTrainedModel, folder: Path) -> Identity:
     state, lora = method_state(model), lora_state(model)
     roles = role_of(model)
     table = strict.table_of(state, roles) | strict.table_of(lora, {}, "lora")
-    identity = identify(model, record, "delta", table, frozen_hash=frozen_hash(model, state))
+    identity = identify(model, record, "delta", table, frozen_hash=frozen_hash(model, state), place=folder)
     strict.write_tensors(folder / WEIGHTS, state, {_HEADER: json.dumps(identity.core(), sort_keys=True)})
     if lora:
         weights, settings = lora_files(model, state)

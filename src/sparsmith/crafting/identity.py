@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,6 +18,7 @@ from sparsmith.manifests import refuse_newer
 from sparsmith.methods import registry
 from sparsmith.methods.base import MethodConfig
 from sparsmith.recipe.strict import StrictModel
+from sparsmith.runs import same_staged_root
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +38,7 @@ class BaseIdentity(StrictModel):
     id: str
     """Folder or hub id as the user named it."""
     folder: str | None
-    """Delta: absolute path of the folder that was read."""
+    """Delta: the folder that was read, absolute; relative to the checkpoint's where both lie in one run of several stages."""
     revision: str | None
     quant: str
     dtype: str
@@ -143,8 +145,13 @@ def identify(
     *,
     frozen_hash: str | None = None,
     model_config: dict[str, Any] | None = None,
+    place: Path | None = None,
 ) -> Identity:
-    """Everything that must be equal when the checkpoint is opened again."""
+    """Everything that must be equal when the checkpoint is opened again.
+
+    Args:
+        place: of a delta, the folder that it is written into.
+    """
     folder = weights_folder(record.base)
     return Identity(
         format_version=FORMAT_VERSION,
@@ -154,7 +161,7 @@ def identify(
         configs=tuple(config.model_dump(mode="json") for config in record.configs),
         base=BaseIdentity(
             id=record.base.id,
-            folder=str(record.base.folder.absolute()) if record.base.folder and kind == "delta" else None,
+            folder=_recorded(record.base.folder, place) if record.base.folder and kind == "delta" else None,
             revision=record.base.revision,
             quant=record.base.quant,
             dtype=record.base.dtype,
@@ -171,6 +178,13 @@ def identify(
         slice=record.slice.as_dict() if record.slice else None,
         form=record.form if kind == "full" else None,
     )
+
+
+def _recorded(base: Path, place: Path | None) -> str:
+    """How the base's folder is written down by a delta that lies at `place`."""
+    if place is not None and same_staged_root(base, place) is not None:
+        return os.path.relpath(base.resolve(), place.resolve())
+    return str(base.absolute())
 
 
 def dense_config(model: nn.Module) -> dict[str, Any]:

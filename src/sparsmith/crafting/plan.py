@@ -119,7 +119,7 @@ def plan(
         UnsupportedAnatomy, MethodError, CheckpointError.
     """
     configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
-    name, hf_config = _config_of(base, task, classes)
+    name, hf_config = config_of(base, task, classes)
     check_composition(configs, anatomy.task_of(hf_config))
     row, shape = anatomy.of(hf_config), anatomy.shape_of(hf_config)
     pairs = [(registry.of(c), c) for c in configs]
@@ -179,15 +179,15 @@ def _by_role(plans: Sequence[MethodPlan], lora: int) -> dict[str, int]:
     return {**trained, "lora": lora} if lora else trained
 
 
-def plan_recipe(recipe: Recipe, base_dir: Path | None = None) -> Plan:
-    """The plan of a recipe."""
+def plan_recipe(recipe: Recipe, base_dir: Path | None = None, *, base: Any = None) -> Plan:
+    """The plan of a recipe; `base`: a config in place of the recipe's own base."""
     from sparsmith.crafting.base_model import resolve_base
 
-    path = resolve_base(recipe.model.path, base_dir)
+    start = base if base is not None else resolve_base(recipe.model.path, base_dir)
     if recipe.model.task == anatomy.SEQ_CLS:
-        _check_length(recipe, anatomy.shape_of(_config_of(path, recipe.model.task, recipe.model.num_labels)[1]))
+        _check_length(recipe, anatomy.shape_of(config_of(start, recipe.model.task, recipe.model.num_labels)[1]))
     return plan(
-        path,
+        start,
         list(recipe.methods),  # type: ignore[arg-type]
         dtype="float32" if recipe.model.dtype == "auto" else recipe.model.dtype,
         quant=recipe.model.quant,
@@ -227,8 +227,8 @@ def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: i
     return Flops(base, base + added, passes * base + 3 * tuned + 6 * lora, context)
 
 
-def _config_of(base: Any, task: str | None, classes: int | None) -> tuple[str, Any]:
-    """(the base's name, its config, which says the task)."""
+def config_of(base: Any, task: str | None, classes: int | None) -> tuple[str, Any]:
+    """(name, transformers config) of what `plan` takes as a base; the config says the task."""
     name, config = _read_config(base)
     wanted = task or anatomy.task_of(base if hasattr(base, "named_parameters") else config)
     return name, anatomy.for_task(config, wanted, classes)

@@ -19,7 +19,7 @@ from sparsmith.crafting.identity import FILE, Identity, read_identity
 from sparsmith.errors import CheckpointError
 from sparsmith.methods import registry
 from sparsmith.recipe import load_recipe
-from sparsmith.runs import is_run
+from sparsmith.runs import StagesFolder, is_run, is_staged
 
 RECIPE = "recipe.yaml"
 
@@ -59,7 +59,7 @@ class VerifyReport:
 
 
 def verify(path: str | Path) -> VerifyReport:
-    """Check a folder; of a run also every sealed folder inside.
+    """Check a folder; of a run also every stage and every sealed folder inside.
 
     Raises:
         CheckpointError: names the file that differs, or the first number that is not finite.
@@ -72,7 +72,9 @@ def verify(path: str | Path) -> VerifyReport:
     if durable.has_manifest(root) or (root / FILE).is_file():
         return VerifyReport((_check(root),))
     if is_run(root):
-        return VerifyReport((_check_run(root), *(_check(folder) for folder in _sealed(root))))
+        stages = StagesFolder(root).stages() if is_staged(root) else []
+        runs = [root, *(stage.root for stage in stages if is_run(stage.root))]
+        return VerifyReport((*map(_check_run, runs), *(_check(folder) for folder in _sealed(root))))
     if (root / base_files.CONFIG).is_file():
         return VerifyReport((_check_base(root),))
     raise CheckpointError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from sparsmith.errors import MethodError
 from sparsmith.recipe.strict import Clash, StrictModel
 
 if TYPE_CHECKING:
@@ -294,6 +295,26 @@ class Method:
     def inactive(self, model: nn.Module, config: Any, anatomy: Anatomy, shape: ModelShape) -> int:
         """Parameters of the built model that are not used for one token."""
         return self.plan(config, anatomy, shape).inactive
+
+    def settled_config(self, config: Any, base_config: Any) -> Any:
+        """The config of the dense model that settling leaves, from configs alone; the base's own where the method changes no shape.
+        `base_config` is left as it is.
+
+        Raises:
+            MethodError: what settling leaves is no stock dense model, so that no further stage can craft it.
+        """
+        if self.standalone_sources():
+            raise MethodError(
+                f"methods: {self.name}",
+                "a settled model with structures of its own",
+                "one whose settled model is a stock dense one, where another stage follows",
+                f"Let `{self.name}` be in the last stage.",
+            )
+        return base_config
+
+    def settled_note(self, config: Any) -> str:
+        """Why `settled_config` is an expectation alone (widths that are learned); empty where it is exact."""
+        return ""
 
     def state(self, model: nn.Module, config: Any) -> dict[str, Tensor]:
         """The tensors that a delta checkpoint must hold for this method (LoRA is kept apart, by PEFT)."""

@@ -13,11 +13,18 @@ from sparsmith.recipe.faults import show
 from sparsmith.recipe.yaml_tree import Path as Keys
 from sparsmith.recipe.yaml_tree import Tree
 
+Splits = dict[str, tuple[Any, str]]
+"""File -> the share that is held out of it, and where that is said first."""
 
-def check(tree: Tree, base_dir: Path, check_paths: bool) -> None:
-    """Add the faults that a single group cannot see."""
+
+def check(tree: Tree, base_dir: Path, check_paths: bool, splits: Splits | None = None) -> None:
+    """Add the faults that a single group cannot see.
+
+    Args:
+        splits: shared by the stages of one recipe.
+    """
     _unique_names(tree)
-    _no_leak(tree)
+    _no_leak(tree, {} if splits is None else splits)
     _eval_every(tree)
     if check_paths:
         _model_path(tree, base_dir)
@@ -46,9 +53,8 @@ def _unique_names(tree: Tree) -> None:
                 first[name] = tree.place((*keys, "name"))
 
 
-def _no_leak(tree: Tree) -> None:
+def _no_leak(tree: Tree, splits: Splits) -> None:
     """A file that is split by `heldout` anywhere must be split in the same way everywhere."""
-    splits: dict[str, tuple[Any, str]] = {}
     for keys, source in _sources(tree):
         path, share = source.get("path"), source.get("heldout", 0.0)
         if not isinstance(path, str) or not isinstance(share, int | float):

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import core_schema
 
 from sparsmith.errors import RecipeError, RecipeErrors, SparsmithError
-from sparsmith.recipe.checks import check
+from sparsmith.recipe.checks import Splits, check
 from sparsmith.recipe.faults import report
 from sparsmith.recipe.overrides import apply_overrides
 from sparsmith.recipe.schema import Recipe
+from sparsmith.recipe.stage_trees import load_stages
+from sparsmith.recipe.staged import Outline, StagedRecipe, StageOutline
 from sparsmith.recipe.strict import StrictModel
 from sparsmith.recipe.task_checks import TasksOf, check_task
 from sparsmith.recipe.yaml_tree import Tree, decode, dump_yaml, parse
@@ -31,7 +33,7 @@ def load_recipe(
     method_configs: MethodConfigs | None = None,
     check_paths: bool = True,
     tasks_of: TasksOf | None = None,
-) -> Recipe:
+) -> Recipe | StagedRecipe:
     """Read, override and validate a recipe.
 
     Args:
@@ -41,6 +43,9 @@ def load_recipe(
         check_paths: False = do not look whether the files exist (a recipe from another machine).
         tasks_of: method name -> the tasks that it does; asked where the task is not causal_lm, because it loads the method. Absent = a
             method that does not do the task is told by the plan.
+
+    Returns:
+        A `Recipe`, or a `StagedRecipe` of a file that holds `stages`.
 
     Raises:
         RecipeErrors: every fault, each with `file:line: key`, what was found and expected, and how to mend it.
@@ -66,16 +71,26 @@ def load_text(
     base_dir: Path | None = None,
     check_paths: bool = True,
     tasks_of: TasksOf | None = None,
-) -> Recipe:
+) -> Recipe | StagedRecipe:
     """`load_recipe` for text that is not in a file; `name` stands for the file in messages."""
     try:
         tree = parse(text, name)
     except RecipeError as error:
         raise RecipeErrors([error]) from None
     apply_overrides(tree, overrides)
-    recipe = _validated(tree, method_configs or {})
-    check(tree, base_dir or Path.cwd(), check_paths)
-    check_task(tree, tasks_of)
+    methods, folder = method_configs or {}, base_dir or Path.cwd()
+    splits: Splits = {}  # a file's held-out rows are held out of every stage
+
+    def check_all(one: Tree) -> None:
+        check(one, folder, check_paths, splits)
+        check_task(one, tasks_of)
+
+    recipe: Recipe | StagedRecipe | None
+    if isinstance(tree.data, dict) and "stages" in tree.data:
+        recipe = load_stages(tree, methods, lambda one: _validated(one, methods), check_all)
+    else:
+        recipe = _validated(tree, methods)
+        check_all(tree)
     if tree.faults or recipe is None:
         raise RecipeErrors(sorted(tree.faults, key=_by_line))
     return recipe
@@ -88,7 +103,7 @@ def decode_or_raise(raw: bytes, name: str) -> str:
         raise RecipeErrors([error]) from None
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Recipe | StagedRecipe) -> str:
     """The recipe as YAML that loads back equal. Settings that are absent by default and still absent are left out."""
     return dump_yaml(_plain(recipe))
 
@@ -96,7 +111,34 @@ def dump(recipe: Recipe) -> str:
 def json_schema(method_configs: MethodConfigs) -> dict[str, Any]:
     """The JSON schema of a recipe, for editors; `sparsmith/recipe/schema.json` holds it for the built-in methods."""
     schema = _recipe_class(tuple(method_configs.items())).model_json_schema()
+    _add_stages(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sparsmith recipe"}
+
+
+def _add_stages(schema: dict[str, Any]) -> None:
+    """`stages` in place of `methods`. With it, each group may be split between the top level and the stages, so that what a group must
+    hold is asked for only without it."""
+    properties, definitions = schema["properties"], schema["$defs"]
+    outline = Outline.model_json_schema()
+    stage = StageOutline.model_json_schema()
+    groups = {key: properties[key]["$ref"].rsplit("/", 1)[1] for key in ("data", "train")}
+    required = {key: definitions[name].pop("required", []) for key, name in groups.items()}
+    for key in ("methods", "data", "train", "proof"):
+        about = {name: stage["properties"][key][name] for name in ("description",) if name in stage["properties"][key]}
+        source = {name: value for name, value in properties[key].items() if name != "default"}
+        stage["properties"][key] = {**source, **about}
+    stage["required"] = ["methods"]
+    definitions["Stage"] = {**stage, "title": "Stage"}
+    described = outline["properties"]["stages"]
+    properties["stages"] = {**described, "items": {"$ref": "#/$defs/Stage"}}
+    whole = schema["required"]
+    schema["required"] = [key for key in whole if key in ("model", "output")]
+    schema["if"] = {"required": ["stages"]}
+    schema["then"] = {"not": {"required": ["methods"]}}
+    schema["else"] = {
+        "required": [key for key in whole if key not in schema["required"]],
+        "properties": {key: {"required": keys} for key, keys in required.items() if keys},
+    }
 
 
 def _validated(tree: Tree, method_configs: MethodConfigs) -> Recipe | None:

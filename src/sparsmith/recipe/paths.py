@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TypeVar
 
 from sparsmith.recipe.schema import Recipe
+from sparsmith.recipe.staged import StagedRecipe
+
+RecipeT = TypeVar("RecipeT", bound=Recipe | StagedRecipe)
 
 EMBEDDED = "embedded"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -46,14 +50,18 @@ def absolute(text: str, base_dir: Path) -> str:
     return str(resolve(text, base_dir).resolve())
 
 
-def with_absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
+def with_absolute_paths(recipe: RecipeT, base_dir: Path) -> RecipeT:
     """The recipe as a run writes it down: readable from any folder."""
 
     def moved(source):
         return source.model_copy(update={"path": absolute(source.path, base_dir)})
 
-    data = recipe.data.model_copy(
-        update={"train": tuple(map(moved, recipe.data.train)), "eval": tuple(map(moved, recipe.data.eval))}
-    )
-    model = recipe.model.model_copy(update={"path": absolute(recipe.model.path, base_dir)})
-    return recipe.model_copy(update={"model": model, "data": data})
+    def with_data(part):
+        sides = {"train": tuple(map(moved, part.data.train)), "eval": tuple(map(moved, part.data.eval))}
+        return {"data": part.data.model_copy(update=sides)}
+
+    update = {"model": recipe.model.model_copy(update={"path": absolute(recipe.model.path, base_dir)})}
+    if isinstance(recipe, StagedRecipe):
+        stages = tuple(stage.model_copy(update=with_data(stage)) for stage in recipe.stages)
+        return recipe.model_copy(update={**update, "stages": stages})
+    return recipe.model_copy(update={**update, **with_data(recipe)})

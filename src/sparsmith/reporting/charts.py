@@ -167,12 +167,15 @@ def expert_load(run: Run) -> Iterator[Chart]:
 
 def metric_dots(metric: Metric, runs: Sequence[Run]) -> str:
     """The SVG of one metric's intervals."""
+    return interval_dots(metric, colours(runs))
+
+
+def interval_dots(metric: Metric, colours: dict[str, str]) -> str:
+    """`metric_dots` in given colours, by the systems' names."""
     percent = metric.unit == "share"
     unit = "%" if percent else metric.title.partition(", ")[2] or "nats"
     words = f"{metric.title.split(',')[0]}, {unit} ({'more' if metric.larger_is_better else 'less'} is better)"
-    return plots.svg(
-        plots.intervals(metric.figures, xlabel=words, colours=colours(runs), percent=percent), metric.title
-    )
+    return plots.svg(plots.intervals(metric.figures, xlabel=words, colours=colours, percent=percent), metric.title)
 
 
 def _curves(

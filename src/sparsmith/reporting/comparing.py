@@ -61,7 +61,11 @@ def systems_of(runs: Sequence[Run]) -> list[System]:
 
 def compare(runs: Sequence[Run], level: str = "domains") -> tuple[list[System], list[str], list[Metric]]:
     """(systems, heads of the difference columns, metrics) at the level `domains` or `sets`."""
-    systems = systems_of(runs)
+    return compare_systems(systems_of(runs), level)
+
+
+def compare_systems(systems: list[System], level: str = "domains") -> tuple[list[System], list[str], list[Metric]]:
+    """`compare` for columns that are chosen already; the last is the one that the others differ from."""
     if not systems:
         return [], [], []
     main = systems[-1]

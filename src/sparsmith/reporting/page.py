@@ -32,16 +32,21 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """The page's HTML."""
-    environment = Environment(
+    return environment().get_template("report.html.j2").render(view(runs))
+
+
+def environment() -> Environment:
+    """The templates, with what they use."""
+    found = Environment(
         loader=PackageLoader("sparsmith.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = Markup  # our own figures, already escaped by matplotlib
-    environment.tests["long"] = lambda text: len(text) > 24
-    return environment.get_template("report.html.j2").render(view(runs))
+    found.filters["svg"] = Markup  # our own figures, already escaped by matplotlib
+    found.tests["long"] = lambda text: len(text) > 24
+    return found
 
 
 def view(runs: Sequence[Run]) -> dict[str, Any]:

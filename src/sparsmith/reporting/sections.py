@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from sparsmith.methods import registry
 from sparsmith.reporting.folder import Run, compared_as
 from sparsmith.reporting.words import UNIT, count, duration, percent, plain, short, size
+from sparsmith.runs import RunFolder
 
 Rows = list[tuple[str, ...]]
 
@@ -31,9 +32,12 @@ def _title(name: str) -> str:
 
 
 def base_words(run: Run) -> str:
-    """The base's name: the last part of its path."""
+    """The base's name: the last part of its path; of a later stage, the stage that left it."""
     path = str((run.plan or {}).get("base") or (run.recipe.get("model") or {}).get("path") or "a dense base")
-    return PurePath(path.rstrip("/")).name or path
+    last = PurePath(path.rstrip("/"))
+    if last.name == RunFolder(Path()).settled.name and last.parent.name:
+        return f"{last.parent.name}, settled"
+    return last.name or path
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsmith.methods.finegates.config import FineGatesConfig
 
@@ -98,3 +98,13 @@ def unit_of(config: FineGatesConfig, width: int) -> int:
     if width >= 4096:
         return 256
     return max(1, 1 << max(0, (width // 16).bit_length() - 1))
+
+
+def as_mistral_config(config: Any) -> Any:
+    """The sizes of a Llama in Mistral's config."""
+    from transformers import MistralConfig
+
+    values = {**config.to_dict(), "sliding_window": None}
+    for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
+        values.pop(name, None)
+    return MistralConfig(**values)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsmith import anatomy, ranks
 from sparsmith.errors import MethodError
 from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan
-from sparsmith.methods.finegates import biases, deci, exported
+from sparsmith.methods.finegates import biases, deci, exported, planning
 from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.gates import Gate, GatedLinear, GateState, draw_noise, gates_of, silence, state_of
 from sparsmith.methods.finegates.layout import Layout
@@ -160,6 +160,12 @@ class FineGatesMethod(Method):
 
     def standalone_sources(self) -> tuple[str, ...]:
         return ("sparsmith.methods.finegates.modeling",)
+
+    def settled_config(self, config: FineGatesConfig, base_config: Any) -> Any:
+        return planning.settled_config(config, base_config)
+
+    def settled_note(self, config: FineGatesConfig) -> str:
+        return planning.settled_note(config)
 
     def state(self, model: nn.Module, config: FineGatesConfig) -> dict[str, Tensor]:
         """Logits, scales and choices, the budget's lambda, what was watched, and trained biases: a cut run goes on to the same bits."""

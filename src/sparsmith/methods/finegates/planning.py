@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
+from sparsmith import anatomy
+from sparsmith.errors import MethodError
 from sparsmith.methods.base import MethodPlan, ModuleChange
 from sparsmith.methods.finegates.choose import fit
 from sparsmith.methods.finegates.config import FineGatesConfig
-from sparsmith.methods.finegates.families import Costs, attention_gates, attention_refusal, kept_groups_allowed, unit_of
+from sparsmith.methods.finegates.families import (
+    Costs,
+    as_mistral_config,
+    attention_gates,
+    attention_refusal,
+    becomes_mistral,
+    kept_groups_allowed,
+    unit_of,
+)
 from sparsmith.methods.finegates.size import Sizes
 
 if TYPE_CHECKING:
@@ -24,6 +35,41 @@ def expected(config: FineGatesConfig, row: Anatomy, shape: ModelShape) -> tuple[
     gated = attention_gates(config, row) != "none"
     allowed = kept_groups_allowed(row, shape) if gated else (shape.kv_heads,)
     return fit(config, sizes, allowed, config.target * shape.kv_heads, shape.heads // shape.kv_heads)
+
+
+def settled_config(config: FineGatesConfig, base_config: Any) -> Any:
+    """The base's config with the sizes that the plan expects; Mistral's where Llama's refuses the heads, as settling does.
+
+    Raises:
+        MethodError: the layout or scope leaves no stock model. TargetUnreachable.
+    """
+    if not config.cuts:
+        return base_config
+    if not config.structured or config.settle.scope != "uniform" or config.gates.blocks:
+        found = "gates.blocks or settle.scope global, whose layers may differ" if config.structured else "layout paper"
+        expected_ = "one smaller shape for all layers, where another stage follows"
+        raise MethodError(
+            "methods: finegates", found, expected_, "Take layout structured, settle.scope uniform and no gates.blocks."
+        )
+    row, shape = anatomy.of(base_config), anatomy.shape_of(base_config)
+    groups, width = expected(config, row, shape)
+    heads = groups * (shape.heads // shape.kv_heads)
+    settled = copy.deepcopy(base_config)
+    setattr(settled, "intermediate_size" if hasattr(settled, "intermediate_size") else "n_inner", width)
+    if heads == shape.heads:
+        return settled
+    # past the config's own checks: Llama's refuses head counts that do not divide the hidden size
+    settled.__dict__.update(num_attention_heads=heads, num_key_value_heads=groups, head_dim=shape.head_dim)
+    if becomes_mistral(shape) and shape.hidden % heads != 0:
+        return as_mistral_config(settled)
+    return settled
+
+
+def settled_note(config: FineGatesConfig) -> str:
+    """What of the settled size is learned."""
+    if config.cuts and config.gates.attention != "none":
+        return "how attention and FFN share the cut is learned, so that the widths are an expectation"
+    return ""
 
 
 def check(config: FineGatesConfig, row: Anatomy, shape: ModelShape) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsmith import anatomy
 from sparsmith.anatomy import Anatomy, ModelShape, views
-from sparsmith.methods.finegates.families import becomes_mistral
+from sparsmith.methods.finegates.families import as_mistral_config, becomes_mistral
 from sparsmith.methods.finegates.forms import Part, layout_of
 from sparsmith.methods.finegates.gates import Gate, GatedLinear, GatedNorm, Site, sites
 from sparsmith.methods.finegates.modeling import SparsmithSlimConfig, SparsmithSlimForCausalLM, set_heads
@@ -268,13 +268,10 @@ def _as_mistral(model: Any) -> Any:
 
 
 def _mistral_of(model: Any) -> Any:
-    from transformers import MistralConfig, MistralForCausalLM, MistralForSequenceClassification
+    from transformers import MistralForCausalLM, MistralForSequenceClassification
 
-    values = {**model.config.to_dict(), "sliding_window": None}
-    for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
-        values.pop(name, None)
     kind: Any = MistralForSequenceClassification if hasattr(model, "score") else MistralForCausalLM
-    config = MistralConfig(**values)
+    config = as_mistral_config(model.config)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         other = kind(config)

@@ -175,6 +175,16 @@ class PescMethod(Method):
             "sparsmith.methods.pesc.modeling",
         )
 
+    def settled_config(self, config: PescConfig, base_config: Any) -> Any:
+        if not config.has_adapters:
+            return base_config
+        raise MethodError(
+            "methods: pesc",
+            "experts, whose settled model is no stock dense one",
+            "a settled model that can be crafted again, where another stage follows",
+            "Let pesc be in the last stage; its controls equal_lora and dense_lora leave a dense model.",
+        )
+
     def lora(self, config: PescConfig, shape: ModelShape | None = None) -> LoraSettings | None:
         return config.lora_for(shape)
 

@@ -212,6 +212,21 @@ class SoftMethod(Method):
             part.to(parts.trunk_dtype(model))
         return model
 
+    def settled_config(self, config: SoftConfig, base_config: Any) -> Any:
+        """The whole depth, as a dense model; a head of its own is its one difference in shape."""
+        if config.frozen_trunk:
+            raise MethodError(
+                "methods: soft",
+                "a frozen trunk, whose full depth is the base as it was, beside exits with parts of their own",
+                "a settled model that is dense and has learned, where another stage follows",
+                "Let soft be in the last stage, or train the trunk.",
+            )
+        if not config.untie:
+            return base_config
+        settled = copy.deepcopy(base_config)
+        settled.tie_word_embeddings = False
+        return settled
+
     def depths(self, config: SoftConfig, layers: int) -> tuple[int, ...]:
         return config.depths(layers)
 
