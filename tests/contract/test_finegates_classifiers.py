@@ -89,7 +89,10 @@ def test_a_recipe_ends_in_a_smaller_classifier_that_has_learned(family, tmp_path
     run = app.tune(path)
     evaluation = read_json(Path(run) / "eval.json")
     tuned, base = (evaluation[name]["overall"]["accuracy"]["value"] for name in ("tuned", "base"))
-    assert tuned >= base and evaluation["tuned"]["overall"]["loss"]["value"] < evaluation["base"]["overall"]["loss"]["value"]
+    assert (
+        tuned >= base
+        and evaluation["tuned"]["overall"]["loss"]["value"] < evaluation["base"]["overall"]["loss"]["value"]
+    )
     model = sm.load(run)
     dense = model.base_model.num_parameters()
     assert sm.settle(model).base_model.num_parameters() < dense

@@ -29,7 +29,17 @@ VERBS: dict[str, set[str]] = {
     "bench": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--out", "--batch", "--context", "--new-tokens", "--repeats"}
     | {"--prompts", "--rows", "--calibrate", "--seed"},
     "protocol": OVERRIDES
-    | {"NAME", "--seeds", "--controls", "--arms", "--arm", "--ict-share", "--extracted-steps", "--verdicts", "--targets"},
+    | {
+        "NAME",
+        "--seeds",
+        "--controls",
+        "--arms",
+        "--arm",
+        "--ict-share",
+        "--extracted-steps",
+        "--verdicts",
+        "--targets",
+    },
 }
 
 
