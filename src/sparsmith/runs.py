@@ -76,6 +76,11 @@ class RunFolder:
         return self.root / "exits.json"
 
     @property
+    def accounting(self) -> Path:
+        """What a pruned model was counted to lose, what its form deletes, what its files measure."""
+        return self.root / "accounting.json"
+
+    @property
     def profile(self) -> Path:
         """Milliseconds per token by depth, which a budget in milliseconds reads."""
         return self.root / "soft_profile.json"

@@ -147,7 +147,6 @@ def _with_own_files(target: str | Path, mode: dict[str, Any]) -> dict[str, Any]:
 
 def export(target: str | Path, out: str | Path, **options: Any) -> Any:
     """Write the settled model, or depths of it, as full checkpoints and prove them in a clean process."""
-    from sparsmith.crafting.accounting import FILE as ACCOUNTING
     from sparsmith.crafting.accounting import read as read_accounting
     from sparsmith.durable import write_json
     from sparsmith.exporting import SliceReports
@@ -163,7 +162,7 @@ def export(target: str | Path, out: str | Path, **options: Any) -> Any:
         write_json(run.proof, {**(run.read(run.proof) or {}), **proofs})
         tables = read_accounting(Path(out))
         if tables:
-            write_json(run.root / ACCOUNTING, tables)
+            write_json(run.accounting, tables)
         rewrite_report(run.root)
     return report
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sparsmith import anatomy
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -51,7 +53,7 @@ def latency(
     """Prefill (one forward of `batch` rows of `context` tokens) and decode (one further token, with the cache), milliseconds.
 
     Returns:
-        {prefill_ms, decode_ms: {model, dense: {median, p10, p90}}, runs, device, dtype, batch, context}.
+        {prefill_ms, decode_ms: {model, dense: {median, p10, p90}}, runs, device, dtype, batch, context}; of a classifier no decode_ms.
     """
     dense = dense_model(dense_config, model.device, model.dtype)
     models = {"model": model, "dense": dense}
@@ -64,7 +66,11 @@ def latency(
                 taken["prefill"][name].append(1e3 * prefill)
                 taken["decode"][name].append(1e3 * decode / new_tokens)
     return {
-        **{f"{kind}_ms": {name: _spread(times) for name, times in by.items()} for kind, by in taken.items()},
+        **{
+            f"{kind}_ms": {name: _spread(times) for name, times in by.items()}
+            for kind, by in taken.items()
+            if kind == "prefill" or _writes(model)
+        },
         "runs": runs,
         "device": _device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -76,13 +82,15 @@ def latency(
 
 def dense_model(config: Mapping[str, Any], device: Any, dtype: torch.dtype) -> Any:
     """A model of the config with random weights, in evaluation mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     values = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+    built = AutoConfig.for_model(config["model_type"], **values)
+    opener: Any = AutoModelForCausalLM
+    if anatomy.task_of(built) == anatomy.SEQ_CLS:
+        opener = AutoModelForSequenceClassification
     with torch.device(device), torch.random.fork_rng():
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **values), dtype=dtype
-        ).eval()
+        return opener.from_config(built, dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -94,17 +102,26 @@ def _count(model: nn.Module, context: int) -> int:
     # a mask of its own: the library would look at the values of the one that it makes, and here are none
     mask: torch.Tensor | None = torch.zeros((1, 1, context, context), device=device) if device.type == "meta" else None
     with FlopCounterMode(display=False) as counter:
-        model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
+        model.eval()(input_ids=ids, attention_mask=mask, **({"use_cache": False} if _writes(model) else {}))
     model.train(was_training)
     return round(counter.get_total_flops() / context)
 
 
+def _writes(model: nn.Module) -> bool:
+    """False for a classifier, which keeps no cache and writes no token."""
+    return anatomy.task_of(anatomy.base_of(model)) == anatomy.CAUSAL_LM
+
+
 @torch.inference_mode()
 def _seconds(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """(of the prompt, of `new_tokens` greedy tokens after it)."""
+    """(of the prompt, of `new_tokens` greedy tokens after it; 0 for a classifier)."""
     was_training = model.training
     model.eval()
     started = _now(ids.device)
+    if not _writes(model):
+        model(input_ids=ids)
+        model.train(was_training)
+        return _now(ids.device) - started, 0.0
     out = model(input_ids=ids, use_cache=True)
     filled = _now(ids.device)
     for _ in range(new_tokens):

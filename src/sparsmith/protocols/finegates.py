@@ -225,12 +225,17 @@ def rival_of(config: FineGatesConfig, name: Any) -> FineGatesConfig:
         if config.lora is None:
             raise MethodError("finegates.lora", "none", "a LoRA, for the dense rival", "Leave `lora` out of --arms.")
         return FineGatesConfig(baseline="lora", lora=config.lora, head_lr=config.head_lr)
+    hold, known = config.schedule.hold, type(config.schedule).model_fields
     kept: dict[str, Any] = {
         "target": config.target,
         "target_of": config.target_of,
         "target_unit": config.target_unit,
         "flops_context": config.flops_context,
-        "schedule": {"hold": config.schedule.hold},
+        "schedule": {
+            "hold": hold,
+            "warmup": max(hold, known["warmup"].default),
+            "settle_at": max(hold, known["settle_at"].default),
+        },
         "lora": config.lora,
         "head_lr": config.head_lr,
         "settle": config.settle.model_copy(update={"survivors": "reopen"}),

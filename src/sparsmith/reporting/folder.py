@@ -38,6 +38,8 @@ class Run:
     guard: dict[str, Any] | None = None
     """The full model held against its control."""
     bench: dict[str, Any] | None = None
+    accounting: dict[str, Any] | None = None
+    """What a pruned model lost, method by method, in three ways of counting; there once the run has been exported."""
     exits: dict[str, Any] | None = None
     control_depths: dict[str, Any] | None = None
     """The control's results by depth, where it was tuned beside this run."""
@@ -125,6 +127,7 @@ def _read(root: Path, name: str) -> Run:
         guard=_table(folder, folder.guard),
         bench=_table(folder, folder.bench),
         exits=_table(folder, folder.exits),
+        accounting=_table(folder, folder.accounting),
         control_depths=(_table(folder.control, folder.control.evaluation) or {}).get("depths"),
     )
 

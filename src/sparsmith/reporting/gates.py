@@ -124,15 +124,27 @@ def remains_of(run: Run) -> float | None:
 
 
 def accounting(run: Run) -> dict[str, Any] | None:
-    """The three ways to count, always together: counted, deletable, measured."""
-    found = table_of(run).get("accounting")
+    """The three ways to count, always together: counted, deletable, measured; each share says what it is of."""
+    found = ((run.accounting or {}).get(METHOD) or {}).get("accounting")
     if not found:
         return None
+    measured, whole = found["measured"], found["base"]["parameters"]
     rows = [
-        [row["what"], f"{row['before']:,}", f"{row['after']:,}", percent(1 - row["after"] / row["before"])]
-        for row in found
+        [name, f"{found[name]['removed']:,}", percent(found[name]["share"], 1), found[name]["of"]]
+        for name in ("counted", "deletable")
     ]
-    return {"title": "What was removed", "heads": ["", "dense", "now", "removed"], "rows": rows, "left": 1}
+    gone = whole - measured["numbers"]
+    rows.append(["measured, numbers in the files", f"{gone:,}", percent(gone / whole, 1), found["base"]["of"]])
+    if "flops_share" in measured:
+        less = measured["dense_flops_per_token"] - measured["flops_per_token"]
+        of = f"the dense model's FLOPs per token at {measured['flops_context']} tokens"
+        rows.append(["measured, FLOPs per token", f"{less:,}", percent(1 - measured["flops_share"], 1), of])
+    return {
+        "title": f"What was removed ({found['form']} form)",
+        "heads": ["", "removed", "share", "of"],
+        "rows": rows,
+        "left": 1,
+    }
 
 
 def _loss(run: Run) -> Measured | None:
