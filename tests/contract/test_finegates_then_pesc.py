@@ -60,7 +60,10 @@ def test_the_export_opens_without_us(run, tmp_path):
 
 def test_both_at_once_is_another_matter():
     """In one stage the experts' shared FFN would be cut while they learn around it: allowed, and settled exactly."""
-    pair = (sm.FineGatesConfig(gates={"lr": 0.1}), sm.PescConfig(num_experts=4, top_k=2, adapter_dim=16, lora={"enabled": False}))
+    pair = (
+        sm.FineGatesConfig(gates={"lr": 0.1}),
+        sm.PescConfig(num_experts=4, top_k=2, adapter_dim=16, lora={"enabled": False}),
+    )
     model = sm.craft(pico_model(), pair)
     settled = sm.settle(model)
     ids = pico_ids(2, 12)

@@ -1,4 +1,4 @@
-"""The FineGates protocol: rivals that differ in the choice alone, sizes that are counted, and a comparison that goes on where it was cut."""
+"""The FineGates protocol: rivals that differ in the choice alone, sizes that are counted, a comparison that goes on where it was cut."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def test_rivals_differ_in_the_choice_alone():
     for name in RIVALS:
         rival = rival_of(config, name)
         assert rival.baseline == name and rival.target == 0.6 and rival.lora == config.lora
-        assert rival.settle.unit == 32 and rival.gates.attention == "none" and rival.schedule.hold == config.schedule.hold
+        assert (
+            rival.settle.unit == 32 and rival.gates.attention == "none" and rival.schedule.hold == config.schedule.hold
+        )
     dense = rival_of(config, DENSE)
     assert not dense.cuts and dense.lora == config.lora
 
