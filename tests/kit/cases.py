@@ -20,7 +20,7 @@ NO_LORA = LoraSettings(enabled=False)
 _PESC: dict[str, Any] = {"num_experts": 4, "top_k": 2, "adapter_dim": 16, "lora": LORA}
 
 _SOFT: dict[str, Any] = {"exits": (2, 4)}
-_GATES: dict[str, Any] = {"gates": {"lr": 0.1}}
+_GATES: dict[str, Any] = {"gates": {"lr": 0.2}}
 _WITHOUT = sm.PescConfig(**{**_PESC, "lora": NO_LORA})
 
 Configs = MethodConfig | tuple[MethodConfig, ...]
@@ -43,7 +43,7 @@ METHODS: dict[str, Configs] = {
     "finegates": sm.FineGatesConfig(**_GATES, lora=LORA),
     "finegates without LoRA": sm.FineGatesConfig(**_GATES),
     "finegates, every kind": sm.FineGatesConfig(
-        gates={"attention": "kv_groups+q_heads", "blocks": True, "lr": 0.1}, lora=LORA
+        gates={"attention": "kv_groups+q_heads", "blocks": True, "lr": 0.2}, lora=LORA
     ),
     "finegates, level": sm.FineGatesConfig(gates={"start": "level", "noise_sigma": 0.1, "polarise": 0.1, "lr": 0.5}),
     "flap_like": sm.FineGatesConfig(baseline="flap_like", **_GATES, lora=LORA),

@@ -31,7 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_paths:
 
 def _tasks_of(method: str) -> tuple[str, ...]:
     """The tasks of a method; () for a name that is told as unknown elsewhere."""
-    return registry.get(method).tasks if method in registry.names() else ()
+    return registry.tasks_of(method) if method in registry.names() else ()
 
 
 def single_recipe(

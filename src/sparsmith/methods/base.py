@@ -49,6 +49,8 @@ class MethodConfig(StrictModel):
     """Base of every method's settings. `method` is the key by which a recipe names it."""
 
     model_config = ConfigDict(**StrictModel.model_config)
+    tasks: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    """What the method can tune; told here too, so that a recipe can be refused without loading its layers."""
     method: str
 
 

@@ -58,6 +58,11 @@ def of(config: MethodConfig) -> Method:
     return get(config.method)
 
 
+def tasks_of(name: str) -> tuple[str, ...]:
+    """The tasks of a method, as its settings say: without its layers, so without torch."""
+    return _EXTRA[name].tasks if name in _EXTRA else config_classes()[name].tasks
+
+
 def config_classes() -> dict[str, type[MethodConfig]]:
     """Method name -> config class, for the recipe loader. Loads no layers, so no torch."""
     built_in = {name: _load(config) for name, (_, config) in _BUILT_IN.items()}

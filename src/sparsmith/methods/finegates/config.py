@@ -6,7 +6,7 @@ Paper: FineGates (arXiv 2412.12951, arXiv 2602.09169). What differs and why stan
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -105,6 +105,7 @@ class SettleSettings(StrictModel):
 class FineGatesConfig(MethodConfig):
     """A physically smaller model, cut by learned gates while it is tuned."""
 
+    tasks: ClassVar[tuple[str, ...]] = ("causal_lm", "seq_cls")
     method: Literal["finegates"] = "finegates"
     layout: Literal["structured", "paper"] = "structured"
     """`structured`: gates on whole units that can be deleted; `paper`: row and column gates on every linear, for comparison."""

@@ -38,7 +38,7 @@ class FineGatesMethod(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.12951"
     config_class: ClassVar[type[MethodConfig]] = FineGatesConfig
     reads_batches: ClassVar[bool] = False
-    tasks: ClassVar[tuple[str, ...]] = (anatomy.CAUSAL_LM, anatomy.SEQ_CLS)
+    tasks: ClassVar[tuple[str, ...]] = FineGatesConfig.tasks
 
     # what it is
 
