@@ -46,7 +46,7 @@ METHODS: dict[str, Configs] = {
         gates={"attention": "kv_groups+q_heads", "blocks": True, "lr": 0.2}, lora=LORA
     ),
     "finegates, level": sm.FineGatesConfig(gates={"start": "level", "noise_sigma": 0.1, "polarise": 0.1, "lr": 0.5}),
-    "flap_like": sm.FineGatesConfig(baseline="flap_like", **_GATES, lora=LORA),
+    "magnitude": sm.FineGatesConfig(baseline="magnitude", **_GATES, lora=LORA),
     "dense LoRA, gates": sm.FineGatesConfig(baseline="lora", lora=LORA),
     "soft": sm.SoftConfig(**_SOFT),
     "soft, sandwich": sm.SoftConfig(**_SOFT, schedule="sandwich", weights="linear"),

@@ -23,7 +23,7 @@ CONFIGS = {
     "by importance": FineGatesConfig.model_validate(
         {"lora": LORA, "gates": {"lr": 0.6, "noise_sigma": 0.1}, "schedule": SCHEDULE | {"hold": 0.1}}
     ),
-    "a rival": gates_config(baseline="flap_like", lora=LORA, schedule={"hold": 0.1}),
+    "a rival": gates_config(baseline="flap_like", lora=LORA, schedule={"hold": 0.1, "warmup": 0.1, "settle_at": 0.1}),
 }
 STEPS = 12
 CUTS = (3, 6, 9)

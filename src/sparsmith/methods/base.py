@@ -215,6 +215,10 @@ class Method:
         tensors, which costs a walk through the graph in every step, and FSDP cannot be used."""
         return False
 
+    def unsharded(self, config: Any) -> str:
+        """Why the method's tensors cannot be cut over ranks by FSDP; empty where they can."""
+        return ""
+
     def trains_base(self, config: Any) -> bool:
         """True where the base's linears themselves are trained, so that a LoRA on them would have no purpose."""
         return False

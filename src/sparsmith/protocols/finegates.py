@@ -225,24 +225,27 @@ def rival_of(config: FineGatesConfig, name: Any) -> FineGatesConfig:
         if config.lora is None:
             raise MethodError("finegates.lora", "none", "a LoRA, for the dense rival", "Leave `lora` out of --arms.")
         return FineGatesConfig(baseline="lora", lora=config.lora, head_lr=config.head_lr)
+    if config.gates.blocks or config.gates.attention == "kv_groups+q_heads":
+        raise MethodError(
+            "finegates.gates",
+            "sub-blocks or query heads, which no rival scores",
+            "gates that all arms can choose by (ffn, kv_groups)",
+            "Leave `blocks` and `q_heads` out, or compare learned arms alone: --arms finegates,lora.",
+        )
     hold, known = config.schedule.hold, type(config.schedule).model_fields
     kept: dict[str, Any] = {
         "target": config.target,
         "target_of": config.target_of,
         "target_unit": config.target_unit,
         "flops_context": config.flops_context,
-        "schedule": {
-            "hold": hold,
-            "warmup": max(hold, known["warmup"].default),
-            "settle_at": max(hold, known["settle_at"].default),
-        },
+        "schedule": {"hold": hold, **{key: max(hold, known[key].default) for key in ("warmup", "settle_at")}},
         "lora": config.lora,
         "head_lr": config.head_lr,
         "settle": config.settle.model_copy(update={"survivors": "reopen"}),
-        "gates": {"ffn": config.gates.ffn, "attention": config.gates.attention, "lr": config.gates.lr},
+        "gates": {"ffn": config.gates.ffn, "attention": config.gates.attention},
     }
-    if config.gates.attention == "kv_groups+q_heads":
-        kept["gates"]["attention"] = "kv_groups"  # no rival scores single heads
+    if config.settle.train_scales:
+        kept["gates"]["lr"] = config.gates.lr
     return FineGatesConfig(baseline=name, **kept)
 
 

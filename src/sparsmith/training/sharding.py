@@ -45,6 +45,12 @@ def set_up(accelerator: Any, model: nn.Module) -> bool:
             "every block called in every step",
             "Use schedule all and no layer dropout, or DDP.",
         )
+    for method, config in record_of(model).parts:
+        reason = method.unsharded(config)
+        if reason:
+            raise EnvironmentFault(
+                "FSDP", f"`{method.name}`, {reason}", "DDP", "Launch without FSDP (docs/several-gpus.md)."
+            )
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     plugin.auto_wrap_policy = transformer_auto_wrap_policy

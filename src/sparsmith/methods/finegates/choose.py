@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsmith import anatomy
 from sparsmith.anatomy import Anatomy
-from sparsmith.errors import TargetUnreachable
+from sparsmith.errors import MethodError, TargetUnreachable
 from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.families import kept_groups_allowed, unit_of
 from sparsmith.methods.finegates.gates import GatedLinear, Site, closed_at, sites
@@ -40,9 +40,10 @@ def choose(model: nn.Module, config: FineGatesConfig, seed: int = 42) -> Choice:
     """The choice for a model whose gates are learned, or whose rival's scores can be told.
 
     Raises:
-        TargetUnreachable: with the interval that can be reached.
+        TargetUnreachable: with the interval that can be reached. MethodError: a rival's score of what no one has watched.
     """
     blocks, sizes = sites(model), Sizes.of(config, model)
+    _require_watched(blocks, config)
     row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model)
     scores = [_scores(site, config, row, seed, layer) for layer, site in enumerate(blocks)]
     ties = [{kind: _ties(site, kind) for kind in score} for site, score in zip(blocks, scores)]
@@ -60,7 +61,8 @@ def choose(model: nn.Module, config: FineGatesConfig, seed: int = 42) -> Choice:
         units = [_top(o["units"], width) if "units" in o else tuple(range(shape.ffn_width)) for o in order]
     else:
         groups = [
-            _open_of(site, "groups", o) if gated else tuple(range(shape.kv_heads)) for site, o in zip(blocks, order)
+            _open_of(site, "groups", o, config) if gated else tuple(range(shape.kv_heads))
+            for site, o in zip(blocks, order)
         ]
         units = _global_units(config, sizes, scores, order, groups, heads_each, attention_open, ffn_open)
     heads = [_heads(o.get("heads"), g, per_group, heads_each) for o, g in zip(order, groups)]
@@ -109,6 +111,20 @@ def fit(
     )
 
 
+def _require_watched(blocks: list[Site], config: FineGatesConfig) -> None:
+    """A score of inputs that were never seen would order units by their index."""
+    if config.baseline not in ("importance", "flap_like"):
+        return
+    for holder in (linear for site in blocks for linear in (site.ffn, site.attention) if linear is not None):
+        if not bool(holder.input_count > 0):
+            raise MethodError(
+                f"finegates.baseline {config.baseline}",
+                "a model whose units were not watched in any step",
+                "at least one training step within schedule.hold",
+                "Tune the model before it is settled.",
+            )
+
+
 def _scores(site: Site, config: FineGatesConfig, row: Anatomy, seed: int, layer: int) -> dict[str, Tensor]:
     """Kind -> (n,) larger = keep."""
     found = {}
@@ -142,10 +158,12 @@ def _open(site: Site, kind: str) -> bool:
     return gate is None or bool(torch.tanh(gate.logit.detach())[0] > closed_at())
 
 
-def _open_of(site: Site, kind: str, order: dict[str, list[int]]) -> tuple[int, ...]:
-    """The groups that are open; the best one where none is."""
+def _open_of(site: Site, kind: str, order: dict[str, list[int]], config: FineGatesConfig) -> tuple[int, ...]:
+    """The groups that are open, the best one where none is; of a rival, the best of the target's share."""
     gate = site.gate(kind)
     assert gate is not None
+    if not config.learned:
+        return _top(order[kind], max(1, round(config.target * gate.size)))
     found = tuple(torch.nonzero(torch.tanh(gate.logit.detach()) > closed_at()).flatten().tolist())
     return found or _top(order[kind], 1)
 

@@ -142,8 +142,15 @@ class FineGatesConfig(MethodConfig):
         gates = self.gates
         if self.layout == "structured" and not gates.ffn and gates.attention == "none" and not gates.blocks:
             yield Clash("gates.ffn", "`false`, and no other gates", "at least one kind of gate", "Set gates.ffn true.")
+        if not gates.ffn:
+            yield from self._only_with_ffn()
         if self.target_unit == "params":
             yield from self.without_effect(["flops_context"], "target_unit flops")
+
+    def _only_with_ffn(self) -> Iterable[Clash]:
+        for key in self.settle.changed("unit", "min_keep"):
+            found = f"`{getattr(self.settle, key)}`, which has no effect here"
+            yield Clash(f"settle.{key}", found, "gates.ffn true", f"Remove `settle.{key}`.")
 
     @property
     def learned(self) -> bool:
@@ -188,7 +195,26 @@ def _baseline_clashes(config: FineGatesConfig) -> Iterable[Clash]:
     for key in config.gates.changed(*learning):
         yield Clash(f"gates.{key}", "a setting that has no effect here", needs, f"Remove `gates.{key}`.")
     yield from config.without_effect(["dual"], needs)
+    if config.cuts:
+        yield from _rival_clashes(config, needs)
     if config.baseline == "lora":
         yield from config.without_effect(["target", "target_of", "target_unit", "settle", "gates", "schedule"], needs)
         if config.lora is None or not config.lora.enabled:
             yield Clash("lora", "no LoRA", "a LoRA, which is all that this rival trains", "Give `lora: {r: 16}`.")
+
+
+def _rival_clashes(config: FineGatesConfig, needs: str) -> Iterable[Clash]:
+    """A rival scores FFN channels and groups of heads, and is cut at the end of `hold`, open from then on."""
+    schedule = config.schedule
+    for key in schedule.changed("warmup", "settle_at"):
+        if getattr(schedule, key) != schedule.hold:  # what must be raised so that a late hold is in order says nothing
+            yield Clash(f"schedule.{key}", "a setting that has no effect here", needs, f"Remove `schedule.{key}`.")
+    for key in config.settle.changed("survivors"):
+        yield Clash(f"settle.{key}", "a setting that has no effect here", needs, f"Remove `settle.{key}`.")
+    if config.gates.blocks:
+        yield Clash("gates.blocks", "`true`, which no rival scores", needs, "Remove `gates.blocks`.")
+    if config.gates.attention == "kv_groups+q_heads":
+        yield Clash("gates.attention", "query heads, which no rival scores", "`kv_groups` or `none`", "Take kv_groups.")
+    if not config.settle.train_scales:
+        for key in config.gates.changed("lr"):
+            yield Clash(f"gates.{key}", "a rate for nothing that trains", "settle.train_scales true", "Remove it.")

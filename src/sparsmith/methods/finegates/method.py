@@ -86,6 +86,9 @@ class FineGatesMethod(Method):
     def lora(self, config: FineGatesConfig, shape: ModelShape | None = None) -> LoraSettings | None:
         return config.lora
 
+    def unsharded(self, config: FineGatesConfig) -> str:
+        return "whose budget reads the gates of all blocks at once" if config.cuts else ""
+
     def final_from(self, config: FineGatesConfig, total_steps: int) -> int:
         return layout_of(config).final_from(config, total_steps)
 
