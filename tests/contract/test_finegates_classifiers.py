@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import sparsmith as sm
@@ -72,6 +73,14 @@ def test_a_clean_process_opens_it(family, tmp_path):
     assert report.proof["bitwise"] and report.proof["class"].endswith("ForSequenceClassification")
     again = sm.load(tmp_path / "out")
     assert torch.equal(logits(again), logits(sm.settle(model)))
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_the_class_head_is_rounded_with_the_rest(family, tmp_path):
+    _, model = gated(family)
+    report = sm.export(model, tmp_path / "out", dtype="bfloat16")
+    kinds = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert report.proof["passed"] and kinds == {torch.bfloat16}
 
 
 def test_a_rate_for_a_head_that_is_not_there_is_refused():

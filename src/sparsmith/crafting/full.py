@@ -50,8 +50,9 @@ def prepare(model: PreTrainedModel, *, fold_scale: bool = False, dtype: torch.dt
         configs = tuple(method.fold_scale(model, config) for method, config in record.parts)
         attach(model, replace(record, configs=configs))
     if dtype is not None:
-        # modules of a method's own keep their masters' type; what it trained of the base is the base's
-        parts = [(method, config) for method, config in record.parts if method.standalone_sources()]
+        # modules of the method that made the class keep their masters' type; what is trained of a stock class is the base's
+        home = type(model).__module__
+        parts = [(method, config) for method, config in record.parts if home in method.standalone_sources()]
         kept = {name for method, config in parts for name in method.state(settled, config)}
         for name, parameter in model.named_parameters():
             if name not in kept and parameter.is_floating_point():
