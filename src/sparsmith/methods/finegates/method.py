@@ -162,7 +162,7 @@ class FineGatesMethod(Method):
         return 0
 
     def standalone_sources(self) -> tuple[str, ...]:
-        return ("sparsmith.methods.finegates.modeling",)
+        return ("sparsmith.methods.wrapped", "sparsmith.methods.finegates.modeling")
 
     def settled_config(self, config: FineGatesConfig, base_config: Any) -> Any:
         return planning.settled_config(config, base_config)

@@ -172,6 +172,7 @@ class PescMethod(Method):
             "sparsmith.ops.adapter_experts",
             "sparsmith.ops.cost",
             "sparsmith.methods.pesc.layers",
+            "sparsmith.methods.wrapped",
             "sparsmith.methods.pesc.modeling",
         )
 

@@ -3,7 +3,7 @@
 The dense model is the child `base`, its config is nested under `base_config`; forward and generate are the base's own. A plain loader
 that does not know `sparsmith_pesc` refuses the checkpoint, instead of dropping the experts in silence.
 
-This file is part of full checkpoints: it imports torch, transformers and `layers.py` only.
+This file is part of full checkpoints: it imports torch, `layers.py` and `wrapped.py` only.
 """
 
 from __future__ import annotations
@@ -12,74 +12,39 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from sparsmith.methods.pesc.layers import PescFFN, PescSettings, RouteContext
-
-# copied from the base's config, because trainers and servers read them on the outer one
-_SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+from sparsmith.methods.wrapped import WrappedConfig, WrappedForCausalLM
 
 
-class SparsmithPescConfig(PreTrainedConfig):
+class SparsmithPescConfig(WrappedConfig):
     """The base's config, nested and whole, and the resolved settings of the experts (a plain dict)."""
 
     model_type = "sparsmith_pesc"
-    sub_configs = {"base_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(self, base_config: Any = None, pesc: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if isinstance(base_config, dict):
-            values = dict(base_config)
-            base_config = AutoConfig.for_model(values.pop("model_type"), **values)
-        self.base_config = base_config
         self.pesc = dict(pesc or {})
-        if base_config is not None:
-            for name in (*_SHARED, *_TOKENS, "use_cache"):
-                if hasattr(base_config, name):
-                    kwargs[name] = getattr(base_config, name)
-            # the outer model hands its attention implementation down when it is built
-            kwargs.setdefault("attn_implementation", base_config._attn_implementation)
-        kwargs["tie_word_embeddings"] = False  # tying is the base's own affair
-        super().__init__(**kwargs)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's, so that caches and generation see its layers."""
-        return self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
+        super().__init__(base_config, **kwargs)
 
 
-class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
+class SparsmithPescForCausalLM(WrappedForCausalLM):
     """The crafted model. Build it by `sparsmith.craft`, or load it through `AutoModelForCausalLM`."""
 
     config_class = SparsmithPescConfig
-    base_model_prefix = "base"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"pesc"}
-    base: Any
     settings: PescSettings
     route_context: RouteContext
 
-    def __init__(self, config: SparsmithPescConfig, base: Any = None) -> None:
-        grafting = base is not None
-        if base is None:
-            wanted = {} if config._attn_implementation is None else {"attn_implementation": config._attn_implementation}
-            base = AutoModelForCausalLM.from_config(config.base_config, dtype=config.dtype, **wanted)
-        # the base has chosen what its family supports; asking for another would be refused or ignored
-        config._attn_implementation_internal = base.config._attn_implementation
-        super().__init__(config)
-        self._grafting = grafting
-        self.settings = PescSettings.from_dict(config.pesc)
+    def refit(self, base: Any) -> None:
+        self.settings = PescSettings.from_dict(self.config.pesc)
         self.route_context = RouteContext()
         graft(base, self.settings, self.route_context)
-        self.base = base
-        self.generation_config = base.generation_config
-        decoder = getattr(base, self.settings.blocks.split(".")[0])
+        decoder = getattr(base, self.blocks.split(".")[0])
         decoder.register_forward_pre_hook(_Opener(self.route_context), with_kwargs=True)
-        self.post_init()
+
+    @property
+    def blocks(self) -> str:
+        return self.settings.blocks
 
     def initialize_weights(self) -> None:
         """Experts start neutral (U = 0) wherever they are made; a base that was handed in keeps its weights."""
@@ -90,23 +55,7 @@ class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
                     adapters.reset(module.layer)
                 for part in adapters.modules():
                     part._is_hf_initialized = True  # type: ignore[assignment]
-        if not self._grafting:
-            super().initialize_weights()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.base.set_output_embeddings(value)
-
-    def get_decoder(self) -> nn.Module:
-        return getattr(self.base, self.settings.blocks.split(".")[0])
+        super().initialize_weights()
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
@@ -128,15 +77,6 @@ class SparsmithPescForCausalLM(PreTrainedModel, GenerationMixin):
                 if weights[name] and self.settings.router_trainable:
                     output.loss = output.loss + weights[name] * value.to(output.loss.device)
         return output
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.base.prepare_inputs_for_generation(*args, **kwargs)
-
-    @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any):
-        """The base's own generate, with this model's generation settings."""
-        self.base.generation_config = self.generation_config
-        return self.base.generate(*args, **kwargs)
 
 
 class _Opener:
