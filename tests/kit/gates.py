@@ -37,9 +37,10 @@ SCHEDULE = {"hold": 0.05, "warmup": 0.20, "settle_at": 0.70}
 def gates_config(layout: str = "structured", **settings: Any) -> FineGatesConfig:
     """Settings of a layout; of learned structured gates `LEVEL` and `SCHEDULE` lie below what is given."""
     given = dict(settings)
-    if layout == "structured":
+    learned = layout == "structured" and "baseline" not in settings
+    if learned:
         given["schedule"] = {**SCHEDULE, **settings.get("schedule", {})}
-    gates = LEVEL if layout == "structured" and "baseline" not in settings else {"lr": LEVEL["lr"]}
+    gates = LEVEL if learned else {"lr": LEVEL["lr"]}
     given["gates"] = {**gates, **settings.get("gates", {})}
     return FineGatesConfig.model_validate({"layout": layout, **given})
 
