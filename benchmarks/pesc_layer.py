@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsmith.methods.pesc.layers import PescFFN, PescSettings, RouteContext
+from sparsmith.methods.pesc.layers import PescFFN, PescSettings
 from sparsmith.ops.adapter_experts import grouped_experts, masked_experts
+from sparsmith.ops.route_context import RouteContext
 
 RESULT = Path(__file__).parent / "results" / "pesc_layer.json"
 PATHS = ("auto", "masked", "grouped", "loop")

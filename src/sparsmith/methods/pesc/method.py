@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sparsmith import anatomy
 from sparsmith.errors import MethodError
+from sparsmith.methods import route_health as health
 from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan, ModuleChange
-from sparsmith.methods.pesc import health
 from sparsmith.methods.pesc.config import PescConfig
 from sparsmith.methods.pesc.layers import PescSettings, adapters_of
 from sparsmith.ops.adapter_experts import grouped_supported
@@ -106,7 +106,7 @@ class PescMethod(Method):
         if not config.trains_router:
             return {}
         context = _crafted(model).route_context
-        losses = context.losses(_crafted(model).settings, over_ranks=True)
+        losses = context.losses(_crafted(model).settings.balance_norm, over_ranks=True)
         for name, value in losses.items():
             context.note(name, value)
         weights = {"balance": config.balance_weight, "router_z": config.z_weight}
@@ -171,6 +171,7 @@ class PescMethod(Method):
             "sparsmith.ops.balance",
             "sparsmith.ops.adapter_experts",
             "sparsmith.ops.cost",
+            "sparsmith.ops.route_context",
             "sparsmith.methods.pesc.layers",
             "sparsmith.methods.wrapped",
             "sparsmith.methods.pesc.modeling",

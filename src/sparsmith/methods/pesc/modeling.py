@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsmith.methods.pesc.layers import PescFFN, PescSettings, RouteContext
+from sparsmith.methods.pesc.layers import PescFFN, PescSettings
 from sparsmith.methods.wrapped import WrappedConfig, WrappedForCausalLM
+from sparsmith.ops.route_context import RouteContext
 
 
 class SparsmithPescConfig(WrappedConfig):
@@ -71,7 +72,7 @@ class SparsmithPescForCausalLM(WrappedForCausalLM):
         """As the base. With `labels` while training, the loss holds the weighted routing losses too."""
         output = self.base(*args, labels=labels, **kwargs)
         if labels is not None and self.training and output.loss is not None:
-            losses = self.route_context.losses(self.settings)
+            losses = self.route_context.losses(self.settings.balance_norm)
             weights = {"balance": self.settings.balance_alpha, "router_z": self.settings.router_z_coef}
             for name, value in losses.items():
                 if weights[name] and self.settings.router_trainable:

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsmith.methods.pesc.layers import DOMAIN_SLOTS, PescAdapters, PescFFN, PescSettings, RouteContext, Router
+from sparsmith.methods.pesc.layers import PescAdapters, PescFFN, PescSettings, Router
+from sparsmith.ops.route_context import DOMAIN_SLOTS, RouteContext
 from sparsmith.ops.routing import Routing
 
 SETTINGS = PescSettings(4, 2, 8, 0.25, layers=(0,), seed=5)

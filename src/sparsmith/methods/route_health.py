@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsmith.methods.pesc.layers import RouteContext
 from sparsmith.ops.balance import load_entropy, sum_over_ranks
+from sparsmith.ops.route_context import RouteContext
 from sparsmith.ops.shards import whole
 
 # an expert is dead when its share stays below a tenth of an even one
