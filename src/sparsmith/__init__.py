@@ -28,6 +28,7 @@ _HOMES = {
     "load_recipe": "sparsmith.app",
     "tune": "sparsmith.app",
     "PescConfig": "sparsmith.methods.pesc.config",
+    "UpcycleConfig": "sparsmith.methods.upcycle.config",
     "FineGatesConfig": "sparsmith.methods.finegates.config",
     "SoftConfig": "sparsmith.methods.soft.config",
     "SparsmithError": "sparsmith.errors",

@@ -85,6 +85,10 @@ class UnknownAnatomy(UnsupportedAnatomy):
     """A family without a row in sparsmith.anatomy."""
 
 
+class RefusedDonor(UnsupportedAnatomy):
+    """A dense model that no stock mixture of experts can hold without changing its function."""
+
+
 class CrossLayerStateError(UnsupportedAnatomy):
     """Blocks that share state beyond the hidden state, so that the last ones cannot be left out."""
 

@@ -15,6 +15,7 @@ from sparsmith.anatomy.access import (
     walk,
 )
 from sparsmith.anatomy.classifier import classifier, classifier_tensors, narrow_classifier, widen_classifier
+from sparsmith.anatomy.experts import SparseShape, is_sparse, refuse_sparse, sparse_shape
 from sparsmith.anatomy.rows import Anatomy, families, of, register, unregister
 from sparsmith.anatomy.shape import ModelShape, shape_of
 from sparsmith.anatomy.tasks import CAUSAL_LM, SEQ_CLS, for_task, require_task, task_of
@@ -24,6 +25,7 @@ __all__ = [
     "SEQ_CLS",
     "Anatomy",
     "ModelShape",
+    "SparseShape",
     "anatomy_of",
     "attention_of",
     "backbone",
@@ -35,15 +37,18 @@ __all__ = [
     "ffn_of",
     "for_task",
     "head",
+    "is_sparse",
     "logits_of",
     "narrow_classifier",
     "of",
     "probe",
+    "refuse_sparse",
     "register",
     "require_task",
     "set_ffn",
     "shape_of",
     "softcap",
+    "sparse_shape",
     "task_of",
     "unregister",
     "walk",

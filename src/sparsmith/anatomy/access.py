@@ -115,7 +115,8 @@ def probe(model: nn.Module) -> Anatomy:
                 walk(block, path)
             continue
         ffn = ffn_of(block, row)
-        for name in row.ffn_linears:
+        inside = (row.experts, row.router) if row.experts and hasattr(ffn, row.experts) else row.ffn_linears
+        for name in inside:
             walk(getattr(ffn, "ffn", ffn), name)
         weight = next((p for p in ffn.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if weight is None else weight.dtype

@@ -60,11 +60,18 @@ class Anatomy:
     """Norms on queries and keys: none, one of `head_dim` each, or over all heads."""
     conv1d: bool = False
     """True where linears hold their weight transposed (GPT-2's Conv1D)."""
-    attention_bias: Literal["none", "config", "qkv", "all"] = "none"
+    attention_bias: Literal["none", "config", "qkv", "qkv_config", "all"] = "none"
+    """`config`: all or none, as `attention_bias` says; `qkv`: queries, keys and values; `qkv_config`: these, where `qkv_bias` says so."""
     ffn_bias: Literal["none", "config", "all"] = "none"
     head_counts: Literal["any", "divides", "fixed"] = "fixed"
     """How many heads a checkpoint of the family may have: any number (`head_dim` stands in the config), a divisor of the hidden size, or
     hidden size / head size and no other."""
+    experts: str = ""
+    """In the FFN of a sparse block: the module of the experts' stacked weights. Empty for a family of dense models."""
+    router: str = "gate"
+    """In the FFN of a sparse block."""
+    shared_expert: bool = False
+    """True where every token also takes an expert that all share (`shared_expert`), behind a gate of its own (`shared_expert_gate`)."""
     attention_out_norm: str = ""
     """In a block: the norm between the attention and the residual stream, where there is one."""
     ffn_out_norm: str = ""
@@ -136,6 +143,26 @@ _ROWS: list[Anatomy] = [
         ffn_reads="residual",
         post_ffn_norm=True,
         qk_norm="full",
+        attention_out_norm="post_attention_layernorm",
+        ffn_out_norm="post_feedforward_layernorm",
+    ),
+    Anatomy(model_types=("mixtral",), ffn_linears=(), head_counts="any", experts="experts"),
+    Anatomy(
+        model_types=("qwen2_moe",),
+        attention_bias="qkv_config",
+        head_counts="any",
+        experts="experts",
+        shared_expert=True,
+    ),
+    Anatomy(model_types=("qwen3_moe",), attention_bias="config", qk_norm="head", head_counts="any", experts="experts"),
+    Anatomy(
+        model_types=("flex_olmo",),
+        attention_bias="config",
+        ffn_reads="residual",
+        post_ffn_norm=True,
+        qk_norm="full",
+        ffn_linears=(),
+        experts="experts",
         attention_out_norm="post_attention_layernorm",
         ffn_out_norm="post_feedforward_layernorm",
     ),
@@ -222,6 +249,11 @@ def families() -> tuple[str, ...]:
     return tuple(name for row in _ROWS for name in row.model_types)
 
 
+def sparse_families() -> tuple[str, ...]:
+    """Of them, the mixtures of experts."""
+    return tuple(name for row in _ROWS if row.experts for name in row.model_types)
+
+
 def known_names(field: str) -> tuple[str, ...]:
     """Every value that a field has among the rows, without repeats."""
     return tuple(dict.fromkeys(getattr(row, field) for row in _ROWS))
@@ -266,7 +298,7 @@ def of(config: Any) -> Anatomy:
         raise UnsupportedAnatomy(
             f"{type(config).__name__} (model_type {model_type})",
             f"a mixture of experts already ({moe_field or 'by its name'})",
-            "a dense model",
+            "a dense model, or a mixture of a family with a row: " + ", ".join(sparse_families()),
             "Start from the dense model of this family.",
         )
     raise UnknownAnatomy(

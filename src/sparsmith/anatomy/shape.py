@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparsmith.anatomy.experts import SparseShape, sparse_shape
 from sparsmith.anatomy.rows import Anatomy, base_config, cross_layer_state
 from sparsmith.anatomy.tasks import SEQ_CLS, require_task, task_of
 
@@ -47,10 +48,17 @@ class ModelShape:
     """Of the linear between the last block and a classifier."""
     token_types: int = 0
     """Rows of the table of segment kinds."""
+    sparse: SparseShape | None = None
+    """The experts, of a mixture."""
+
+    @property
+    def dense_blocks(self) -> int:
+        """Blocks with a dense FFN."""
+        return self.layers - (len(self.sparse.blocks) if self.sparse else 0)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Every linear of one block, attention first."""
+        """Every linear of one block with a dense FFN, attention first."""
         return {**self.attention_linears, **self.ffn_linears}
 
     def _size(self, linears: Mapping[str, tuple[int, int]]) -> int:
@@ -62,7 +70,15 @@ class ModelShape:
 
     @property
     def ffn_params(self) -> int:
-        return self.layers * self._size(self.ffn_linears)
+        """Of the dense FFNs."""
+        return self.dense_blocks * self._size(self.ffn_linears)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linears in the blocks that one token uses, experts and routers included, biases not."""
+        attention = sum(i * o for i, o in self.attention_linears.values())
+        ffn = sum(i * o for i, o in self.ffn_linears.values())
+        return self.layers * attention + self.dense_blocks * ffn + (self.sparse.active_params if self.sparse else 0)
 
     @property
     def embedding_params(self) -> int:
@@ -83,6 +99,7 @@ class ModelShape:
     @property
     def total_params(self) -> int:
         body = self.attention_params + self.ffn_params + self.norm_params
+        body += self.sparse.total_params if self.sparse else 0
         return body + self.embedding_params + self.pooler_params + self.head_params
 
 
@@ -94,6 +111,8 @@ def _attention(row: Anatomy, hidden: int, queries: int, keys: int) -> dict[str, 
 
 
 def _ffn(row: Anatomy, hidden: int, width: int) -> dict[str, tuple[int, int]]:
+    if not row.ffn_linears:
+        return {}
     *inward, outward = row.ffn_linears
     into = 2 * width if row.ffn_kind == "fused_gated" else width
     home = f"{row.ffn}." if row.ffn else ""
@@ -102,7 +121,14 @@ def _ffn(row: Anatomy, hidden: int, width: int) -> dict[str, tuple[int, int]]:
 
 def _biases(row: Anatomy, config: Any, attention: Iterable[str], ffn: Iterable[str]) -> frozenset[str]:
     attention, from_config = tuple(attention), bool(getattr(config, "attention_bias", False))
-    chosen = {"none": (), "config": attention if from_config else (), "qkv": attention[:-1], "all": attention}
+    qkv = attention[:-1]
+    chosen = {
+        "none": (),
+        "config": attention if from_config else (),
+        "qkv": qkv,
+        "qkv_config": qkv if getattr(config, "qkv_bias", False) else (),
+        "all": attention,
+    }
     in_ffn = {"none": False, "config": bool(getattr(config, "mlp_bias", False)), "all": True}[row.ffn_bias]
     return frozenset((*chosen[row.attention_bias], *(ffn if in_ffn else ())))
 
@@ -158,4 +184,5 @@ def shape_of(subject: Any) -> ModelShape:
         classifier_params=_classifier(row, hidden, classes) if classes else 0,
         pooler_params=hidden * (hidden + 1) if row.pooler else 0,
         token_types=config.type_vocab_size if row.token_types else 0,
+        sparse=sparse_shape(config),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparsmith import anatomy
-from sparsmith.crafting.compose import check_composition
+from sparsmith.crafting.compose import check_base, check_composition
 from sparsmith.crafting.lora import inject_lora, lora_parameters
 from sparsmith.crafting.lora_count import merged_settings
 from sparsmith.crafting.neutral import compare_probe, probe_logits
@@ -62,6 +62,7 @@ def craft(
     if not inplace:
         model = copy.deepcopy(model)
     record = CraftRecord(configs=configs, base=base, seed=seed)
+    check_base(record.parts, model.config)
     with _all_or_nothing(model):
         if task == anatomy.SEQ_CLS:
             anatomy.widen_classifier(model)
@@ -77,7 +78,9 @@ def craft(
         attach(crafted, record)
         _fix_trained_set(crafted)
         if before is not None:
-            neutral = compare_probe(crafted, before, seed)
+            shifts = "; ".join(filter(None, (method.shifts(settings) for method, settings in record.parts)))
+            limit = max(method.rounding for method, _ in record.parts)
+            neutral = compare_probe(crafted, before, seed, limit=limit, shifts=shifts)
             attach(crafted, CraftRecord(configs=configs, base=base, seed=seed, neutral=neutral))
     return crafted
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from sparsmith.anatomy import is_sparse, refuse_sparse
+from sparsmith.anatomy.rows import base_config
 from sparsmith.errors import MethodError
 from sparsmith.methods import registry
 from sparsmith.methods.base import LoraSettings, Method, MethodConfig
+
+_SPARED = {"upcycle": "upcycle.moe.freeze_dense to true: routers and experts are then its part, the rest the other's"}
+"""Method -> how it leaves the base's own weights to another."""
 
 
 def check_composition(configs: Sequence[MethodConfig], task: str = "causal_lm") -> None:
@@ -33,10 +39,49 @@ def check_composition(configs: Sequence[MethodConfig], task: str = "causal_lm") 
                 )
     _check_lora(list(zip(methods, configs)))
     _check_alone(list(zip(methods, configs)))
+    whole = [method.name for method, config in zip(methods, configs) if method.trains_base(config)]
+    if len(whole) > 1:
+        raise MethodError(
+            "methods",
+            f"`{whole[0]}` and `{whole[1]}`, which both train the base's own weights",
+            "one that does",
+            f"Set {_SPARED.get(whole[0], whole[0] + ' to train its own parts alone')}.",
+        )
     owners = [method.name for method in methods if method.owns_objective]
     if len(owners) > 1:
         raise MethodError(
             "methods", " and ".join(owners), "at most one method that owns the task loss", "Drop one of them."
+        )
+
+
+def check_base(methods: Sequence[tuple[Method, MethodConfig]], config: Any) -> None:
+    """Refuse a base, or what an earlier method of the list has made of it, that a method cannot shape.
+
+    Args:
+        config: the base's transformers config.
+
+    Raises:
+        UnsupportedAnatomy: a mixture of experts where a dense model is shaped. MethodError: the other way round, or routers that nothing
+            trains.
+    """
+    for method, settings in methods:
+        sparse, taken = is_sparse(config), method.takes(settings)
+        if sparse and taken == "dense":
+            refuse_sparse(config, method.name)
+        if not sparse and taken == "sparse":
+            raise MethodError(
+                f"methods: {method.name}",
+                f"a dense model (model_type {base_config(config).model_type})",
+                "a mixture of experts, as donor is sparse",
+                "Leave `donor` out to make one of it.",
+            )
+        config = method.crafted_config(settings, config)
+    if is_sparse(config) and not any(method.tunes_routers(settings) for method, settings in methods):
+        raise MethodError(
+            "methods",
+            f"a mixture of experts (model_type {base_config(config).model_type}) whose routers no method tunes",
+            "a method that does, with its losses",
+            "Put {method: upcycle, donor: sparse} first in the list.",
         )
 
 

@@ -70,7 +70,7 @@ def write_full(model: PreTrainedModel, folder: Path) -> Identity:
     model.save_pretrained(folder)
     if sources:
         _add_model_code(model, folder, sources)
-    _stamp(folder, record)
+    _stamp(folder, model, record)
     rows = {
         name: strict.TensorRow(shape=shape, dtype=kind, role=role)
         for (name, (shape, kind)), role in _with_roles(model, strict.file_rows(folder))
@@ -121,11 +121,13 @@ def standalone_sources(model: PreTrainedModel, record: CraftRecord) -> tuple[str
     return next((sources for sources in listed if type(model).__module__ in sources), ())
 
 
-def _stamp(folder: Path, record: CraftRecord) -> None:
-    """Repeat in config.json how the model was made, so that an edit of either file is seen."""
+def _stamp(folder: Path, model: PreTrainedModel, record: CraftRecord) -> None:
+    """Repeat in config.json how the model was made, so that an edit of either file is seen, and say there what other readers look for."""
     config = durable.read_json(folder / CONFIG)
     cut: dict[str, Any] = {"slice": plain(record.slice.as_dict())} if record.slice else {}
     cut |= {"form": record.form} if record.form else {}
+    for method, settings in record.parts:
+        config |= plain(dict(method.files_config(model, settings)))
     config[_STAMP] = {"version": our_version(), "configs": [c.model_dump(mode="json") for c in record.configs], **cut}
     (folder / CONFIG).write_text(durable.json_text(config), encoding="utf-8")
 

@@ -43,8 +43,14 @@ def weight_bytes(shape: ModelShape, added: int, dtype: str, quant: str) -> int:
     width = BYTES[dtype]
     if quant == "none":
         return round(shape.total_params * width + added * 4)
-    linear = shape.layers * sum(i * o for i, o in shape.linears.values())
+    linear = quantised_weights(shape)
     return round(linear * NF4_BYTES + (shape.total_params - linear) * width + added * 4)
+
+
+def quantised_weights(shape: ModelShape) -> int:
+    """Weights that NF4 packs: those of the blocks' plain linears. Experts, which are stacked in one tensor, stay as they are."""
+    attention = sum(i * o for i, o in shape.attention_linears.values())
+    return shape.layers * attention + shape.dense_blocks * sum(i * o for i, o in shape.ffn_linears.values())
 
 
 def activation_bytes(
@@ -64,6 +70,11 @@ def activation_bytes(
     block = (2 * shape.hidden + attention + 4 * shape.ffn_width + low_rank) * width + 4 * shape.hidden * 4
     method = method_floats * width
     kept = shape.layers * block + method
+    if (
+        shape.sparse
+    ):  # of a sparse block the FFN's four tensors are there once per expert taken, and the sorted inputs and outputs
+        taken = 4 * shape.sparse.width * shape.sparse.top_k + 2 * shape.hidden * shape.sparse.top_k
+        kept += len(shape.sparse.blocks) * (taken - 4 * shape.ffn_width) * width
     if checkpointing:
         kept = shape.layers * shape.hidden * width + block + method / max(shape.layers, 1)
     head = shape.head_width * 4 * 0.5 + 2 * shape.hidden * width

@@ -20,7 +20,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, NF4_BYTES, activation_bytes, weight_bytes
+from sparsmith.crafting.memory import (
+    BYTES,
+    LENGTH_SHARE,
+    NF4_BYTES,
+    activation_bytes,
+    quantised_weights,
+    weight_bytes,
+)
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import ModelShape
@@ -115,6 +122,7 @@ def _fsdp2(load: Load, ranks: int) -> RankMemory:
         return _ddp(load, ranks)
     shape, width = load.shape, BYTES[load.dtype]
     linears = 0 if load.quant != "none" else shape.attention_params + shape.ffn_params
+    linears += shape.sparse.total_params if shape.sparse else 0
     block = ((linears + shape.norm_params) * width + 4 * load.added) / shape.layers
     head = shape.head_width * shape.hidden * width
     return RankMemory(
@@ -130,5 +138,5 @@ def _weights(load: Load) -> tuple[float, float]:
     everything = weight_bytes(load.shape, load.added, load.dtype, load.quant)
     if load.quant == "none":
         return 0.0, everything
-    linear = load.shape.layers * sum(i * o for i, o in load.shape.linears.values()) * NF4_BYTES
+    linear = quantised_weights(load.shape) * NF4_BYTES
     return linear, everything - linear

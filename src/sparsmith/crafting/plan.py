@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsmith import anatomy
-from sparsmith.crafting.compose import check_composition
+from sparsmith.crafting.compose import check_base, check_composition
 from sparsmith.crafting.lora_count import lora_parameters_of, merged_settings
 from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, optimizer_bytes, weight_bytes
 from sparsmith.crafting.memory_per_rank import Load, RankMemory, memory_per_rank
@@ -121,11 +121,15 @@ def plan(
     configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
     name, hf_config = config_of(base, task, classes)
     check_composition(configs, anatomy.task_of(hf_config))
-    row, shape = anatomy.of(hf_config), anatomy.shape_of(hf_config)
+    shape = anatomy.shape_of(hf_config)
     pairs = [(registry.of(c), c) for c in configs]
-    plans = [method.plan(c, row, shape) for method, c in pairs]
-    settings = merged_settings(pairs, shape)
-    lora = lora_parameters_of(settings, row, shape)
+    check_base(pairs, hf_config)
+    plans, crafted = [], hf_config
+    for method, c in pairs:  # each sees what the one before it leaves
+        plans.append(method.plan_for(c, crafted))
+        crafted = method.crafted_config(c, crafted)
+    settings = merged_settings(pairs, anatomy.shape_of(crafted))
+    lora = lora_parameters_of(settings, anatomy.of(crafted), anatomy.shape_of(crafted))
     trained = _by_role(plans, lora)
     added = sum(sum(p.added.values()) for p in plans)
     total = shape.total_params + added - sum(p.removed for p in plans)
@@ -218,7 +222,7 @@ def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: i
     Training: the frozen weights are passed forward and once backward (to their inputs), or not at all backward where every method says
     so; trained ones twice backward; `whole`: the base itself trains.
     """
-    linear = shape.layers * sum(i * o for i, o in shape.linears.values()) + shape.head_width * shape.hidden
+    linear = shape.linear_weights + shape.head_width * shape.hidden
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)

@@ -27,13 +27,21 @@ if TYPE_CHECKING:
 def layer_flops(config: Any, context: int) -> list[int]:
     """Forward FLOPs of each block for one token that sees `context` tokens, 2 per multiply-add."""
     shape, base = anatomy.shape_of(config), base_config(config)
-    linear = 2 * sum(inputs * outputs for inputs, outputs in shape.linears.values())
+    linear = _linears(shape)
     seen = [context] * shape.layers
     window, kinds = getattr(base, "sliding_window", None), getattr(base, "layer_types", None)
     if window and getattr(base, "use_sliding_window", True):
         slides = [kind == "sliding_attention" for kind in kinds] if kinds else [True] * shape.layers
         seen = [min(context, window) if slide else context for slide in slides]
-    return [linear + 4 * length * shape.heads * shape.head_dim for length in seen]
+    return [2 * own + 4 * length * shape.heads * shape.head_dim for own, length in zip(linear, seen, strict=True)]
+
+
+def _linears(shape: ModelShape) -> list[int]:
+    """Weights of the linears that one token uses, block by block."""
+    attention = sum(i * o for i, o in shape.attention_linears.values())
+    dense, sparse = sum(i * o for i, o in shape.ffn_linears.values()), shape.sparse
+    mixed = sparse.active_params // len(sparse.blocks) if sparse and sparse.blocks else 0
+    return [attention + (mixed if sparse and i in sparse.blocks else dense) for i in range(shape.layers)]
 
 
 def head_flops(config: Any) -> int:
@@ -59,9 +67,9 @@ def depth_fraction(model: nn.Module, depth: int, context: int) -> float:
 
 def traffic_fractions(shape: ModelShape, depths: Sequence[int]) -> dict[int, float]:
     """Depth -> weights read per decoded token over the full model's: what decides the speed of a batch of one."""
-    layer = sum(inputs * outputs for inputs, outputs in shape.linears.values())
-    head = shape.vocab * shape.hidden
-    return {depth: (depth * layer + head) / (shape.layers * layer + head) for depth in depths}
+    layers, head = _linears(shape), shape.vocab * shape.hidden
+    whole = sum(layers) + head
+    return {depth: (sum(layers[:depth]) + head) / whole for depth in depths}
 
 
 def depth_for(

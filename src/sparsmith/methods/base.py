@@ -161,12 +161,38 @@ class Method:
     tasks: ClassVar[tuple[str, ...]] = ("causal_lm",)
     """What the method can be tuned for: `causal_lm`, `seq_cls`. Of a classifier it names the class head as its role `classifier`
     (`anatomy.classifier_tensors`), else the head would not train."""
+    rounding: ClassVar[float] = 1e-6
+    """How far crafting may move a logit, over the largest one, where its algebra leaves the function as it was but sums in another order."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method's name -> why the two cannot be combined."""
 
     def plan(self, config: Any, anatomy: Anatomy, shape: ModelShape) -> MethodPlan:
         """Count, from shapes alone, what `craft` will do. Must agree to the unit with the built model."""
         raise NotImplementedError
+
+    def plan_for(self, config: Any, base_config: Any) -> MethodPlan:
+        """`plan` from the base's transformers config, which a method may need whole."""
+        from sparsmith.anatomy import of, shape_of
+
+        return self.plan(config, of(base_config), shape_of(base_config))
+
+    def takes(self, config: Any) -> str:
+        """The models that the method can shape: `dense`, `sparse` (mixtures of experts) or `any`."""
+        return "dense"
+
+    def tunes_routers(self, config: Any) -> bool:
+        """True where the method trains the routers of a mixture, with losses that keep its experts in use: a mixture is tuned with one
+        such method or not at all."""
+        return False
+
+    def shifts(self, config: Any) -> str:
+        """Why crafting changes the model's function, where a setting asks for it; empty where it must not."""
+        return ""
+
+    def crafted_config(self, config: Any, base_config: Any) -> Any:
+        """The transformers config of the model that `craft` returns, from configs alone; the base's own (or nested in a wrapper's) where
+        the stock class stays. `base_config` is left as it is."""
+        return base_config
 
     def craft(self, model: nn.Module, config: Any, context: CraftContext) -> nn.Module:
         """Change the structure in place and return the crafted model (a new object where the class changes).
@@ -325,6 +351,10 @@ class Method:
     def state(self, model: nn.Module, config: Any) -> dict[str, Tensor]:
         """The tensors that a delta checkpoint must hold for this method (LoRA is kept apart, by PEFT)."""
         return {name: parameter.detach() for role in self.roles(model, config).values() for name, parameter in role}
+
+    def files_config(self, model: nn.Module, config: Any) -> Mapping[str, Any]:
+        """Keys that the written config.json shall hold beside those that the library writes: older spellings that other readers look for."""
+        return {}
 
     def fold_scale(self, model: nn.Module, config: Any) -> Any:
         """Multiply constant scales into the weights, in place, and return the config that holds from then on."""

@@ -12,6 +12,7 @@ from sparsmith.methods.base import Method, MethodConfig
 # name -> "module:attribute" of the method and of its settings; loaded when first asked for, because layers import torch
 _BUILT_IN: dict[str, tuple[str, str]] = {
     "pesc": ("sparsmith.methods.pesc.method:PESC", "sparsmith.methods.pesc.config:PescConfig"),
+    "upcycle": ("sparsmith.methods.upcycle.method:UPCYCLE", "sparsmith.methods.upcycle.config:UpcycleConfig"),
     "finegates": (
         "sparsmith.methods.finegates.method:FINEGATES",
         "sparsmith.methods.finegates.config:FineGatesConfig",

@@ -23,15 +23,13 @@ def read(context: RouteContext) -> dict[str, Any]:
     """Figures since the last call, and a fresh window.
 
     `load_max`, `load_min`: largest and smallest load of any expert times E (1 = even). `load_entropy`: mean over layers of the load's
-    entropy over ln E. `dead_experts`: a count over all layers. `balance`, `router_z`: mean values of the loss terms.
+    entropy over ln E. `dead_experts`: a count over all layers. `balance`, `router_z`, ...: mean values of what was noted.
     `router_grad_norm`: over all layers, before clipping. `table/load` (layers x E) and `table/load_by_domain`
     (domains up to the last one met x layers x E) are shares that sum to 1 over E; `table/layers` names the blocks.
     """
     figures = _loads(context)
-    for name in ("balance", "router_z"):
-        values = context.terms.get(name)
-        if values:
-            figures[name] = float(sum_over_ranks(torch.stack(values).mean()))
+    for name, values in context.terms.items():
+        figures[name] = float(sum_over_ranks(torch.stack(values).mean()))
     if context.router_grads:
         last = torch.stack([whole(norm).float().cpu() for norm in context.router_grads])
         figures["router_grad_norm"] = float(last.norm())

@@ -37,6 +37,8 @@ class RouteContext:
     domain: Tensor | None = None
     """(T,) index of the token's domain, -1 = none"""
     layers: dict[int, Routing] = field(default_factory=dict)
+    shape: tuple[int, int] = (0, 0)
+    """(B, S)"""
     handed: Any = None
     """(token_mask, ids, positions, domain) given for the next forward, shapes (B, S)."""
     open: bool = False
@@ -65,7 +67,7 @@ class RouteContext:
         self, ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int
     ) -> None:
         """Open a forward over (B, S) = `shape` tokens of which `past` come before in a cache."""
-        self.layers, self.open, self.domain, self.groups = {}, True, None, None
+        self.layers, self.open, self.domain, self.groups, self.shape = {}, True, None, None, shape
         if self.handed is not None and tuple(self.handed[1].shape) == shape and past == 0:
             mask, ids, handed_positions, domain = self.handed
             positions = handed_positions if handed_positions is not None else positions

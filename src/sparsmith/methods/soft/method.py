@@ -42,6 +42,9 @@ class SoftMethod(Method):
 
     # what it is
 
+    def takes(self, config: SoftConfig) -> str:
+        return "any"
+
     def plan(self, config: SoftConfig, anatomy: Anatomy, shape: ModelShape) -> MethodPlan:
         check_shape(config, shape)
         exits, omega = config.depths(shape.layers), config.omega(shape.layers)

@@ -1,0 +1,98 @@
+"""What of a model is a mixture of experts, from its config alone: which blocks, how many experts, how wide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsmith.anatomy.rows import Anatomy, base_config, of
+from sparsmith.errors import UnsupportedAnatomy
+
+
+@dataclass(frozen=True)
+class SparseShape:
+    """The experts of a model. Each is a gated FFN of its own: 3 d w weights."""
+
+    blocks: tuple[int, ...]
+    """Indices of the blocks whose FFN is a mixture."""
+    hidden: int
+    """d."""
+    experts: int
+    """E, in each of these blocks."""
+    top_k: int
+    """Experts that one token takes."""
+    width: int
+    """w, inner width of an expert."""
+    shared: int | None
+    """Inner width of the expert that every token takes beside them; 0: it is there and empty; None: the family has none."""
+
+    @property
+    def expert_params(self) -> int:
+        return len(self.blocks) * self.experts * 3 * self.hidden * self.width
+
+    @property
+    def router_params(self) -> int:
+        return len(self.blocks) * self.experts * self.hidden
+
+    @property
+    def shared_params(self) -> int:
+        """The shared expert and its gate."""
+        return 0 if self.shared is None else len(self.blocks) * self.hidden * (3 * self.shared + 1)
+
+    @property
+    def total_params(self) -> int:
+        return self.expert_params + self.router_params + self.shared_params
+
+    @property
+    def inactive_params(self) -> int:
+        """Parameters of the experts that one token does not take."""
+        return self.expert_params // self.experts * (self.experts - self.top_k)
+
+    @property
+    def active_params(self) -> int:
+        return self.total_params - self.inactive_params
+
+
+def sparse_shape(config: Any) -> SparseShape | None:
+    """The experts of a config's model; None of a dense one."""
+    config = base_config(config)
+    row = of(config)
+    if not row.experts:
+        return None
+    layers, listed = config.num_hidden_layers, set(getattr(config, "mlp_only_layers", None) or ())
+    step = getattr(config, "decoder_sparse_step", None) or 1
+    blocks = tuple(index for index in range(layers) if index not in listed and (index + 1) % step == 0)
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    return SparseShape(
+        blocks=blocks if experts else (),
+        hidden=config.hidden_size,
+        experts=experts,
+        top_k=config.num_experts_per_tok,
+        width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        shared=getattr(config, "shared_expert_intermediate_size", None) if row.shared_expert else None,
+    )
+
+
+def is_sparse(config: Any) -> bool:
+    """True for a mixture of experts of a family that has a row."""
+    try:
+        return bool(of(config).experts)
+    except UnsupportedAnatomy:  # told where an anatomy is needed; a plug-in may know the family
+        return False
+
+
+def refuse_sparse(config: Any, who: str) -> None:
+    """A method that shapes dense models must not be handed a mixture.
+
+    Raises:
+        UnsupportedAnatomy.
+    """
+    row: Anatomy = of(config)
+    if row.experts:
+        inner = base_config(config)
+        raise UnsupportedAnatomy(
+            f"{who} on {type(inner).__name__} (model_type {row.model_types[0]})",
+            "a mixture of experts already",
+            "a dense model",
+            "Start from the dense model of this family, or tune this one by {method: upcycle, donor: sparse}.",
+        )

@@ -1,0 +1,1 @@
+"""Sparse upcycling under the FLAN-MoE protocol. See README.md."""

@@ -1,0 +1,151 @@
+"""The weights: every tensor is copied, each chosen FFN E times, and routers are drawn.
+
+One rule serves the model in memory and the streaming conversion of files: what a tensor becomes depends on its name, the settings and the
+seed alone. Shapes: E experts, D hidden, W inner width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsmith import anatomy
+from sparsmith.anatomy.rows import base_config
+from sparsmith.methods.upcycle.config import UpcycleConfig
+from sparsmith.seeds import torch_generator
+
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Place(NamedTuple):
+    """Where an FFN's weight lies."""
+
+    block: int
+    linear: str
+    """One of `LINEARS`."""
+
+
+def place_of(name: str, config: Any, chosen: tuple[int, ...]) -> Place | None:
+    """The FFN weight that a dense tensor's name means, if its block becomes sparse.
+
+    Args:
+        config: of the dense model. chosen: indices of the blocks that become sparse.
+    """
+    row = anatomy.of(config)
+    found = re.fullmatch(rf"{re.escape(row.blocks)}\.(\d+)\.{row.ffn}\.({'|'.join(LINEARS)})\.weight", name)
+    if found is None or int(found[1]) not in chosen:
+        return None
+    return Place(int(found[1]), found[2])
+
+
+def copies(weight: Tensor, place: Place, config: UpcycleConfig, seed: int) -> Tensor:
+    """(E, out, in): the experts' weights of one linear."""
+    stacked = weight.detach().expand(config.experts, *weight.shape)
+    if not config.copy_noise or weight.is_meta:
+        return stacked
+    wide = weight.detach().float()
+    scale = config.copy_noise * wide.std()
+    noise = torch.stack([_noise(wide, place, expert, seed) for expert in range(config.experts)])
+    return (wide + scale * noise.to(wide.device)).to(weight.dtype)
+
+
+def _noise(like: Tensor, place: Place, expert: int, seed: int) -> Tensor:
+    name = f"upcycle.noise.{place.block}.{place.linear}.{expert}"
+    return torch.randn(like.shape, generator=torch_generator(seed, name))
+
+
+def router_weight(block: int, hidden: int, config: UpcycleConfig, seed: int) -> Tensor:
+    """(E, D) float32 from N(0, router_init_std^2), of the block's own stream."""
+    generator = torch_generator(seed, f"upcycle.router.{block}")
+    return config.router_init_std * torch.randn(config.experts, hidden, generator=generator)
+
+
+def converted(
+    dense: Mapping[str, Tensor], dense_config: Any, made: Any, config: UpcycleConfig, seed: int
+) -> dict[str, Tensor]:
+    """The state of the mixture, by the names of its live model.
+
+    Args:
+        dense: the donor's state; its tensors are shared where they are only carried over.
+        made: the mixture's config (`targets.sparse_config`).
+    """
+    dense_config = base_config(dense_config)
+    row, chosen = anatomy.of(made), config.block_indices(dense_config.num_hidden_layers)
+    parts: dict[Place, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in dense.items():
+        place = place_of(name, dense_config, chosen)
+        if place is None:
+            state[name] = tensor
+        else:
+            parts[place] = copies(tensor, place, config, seed)
+    for block in chosen:
+        gate, up, down = (parts[Place(block, linear)] for linear in LINEARS)
+        home = f"{row.blocks}.{block}.{row.ffn}"
+        state[f"{home}.{row.experts}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        state[f"{home}.{row.experts}.down_proj"] = down.contiguous()
+        state[f"{home}.{row.router}.weight"] = _like(router_weight(block, made.hidden_size, config, seed), down)
+    like = next(iter(state.values()))
+    return state | {name: _like(tensor, like) for name, tensor in fillers(made, dense.keys(), chosen).items()}
+
+
+def fillers(made: Any, dense_names: Any, chosen: tuple[int, ...]) -> dict[str, Tensor]:
+    """What the target has and the donor has not, all of it without effect: zero biases of queries, keys and values, and the empty shared
+    expert with its gate. Float32."""
+    if made.model_type != "qwen2_moe":
+        return {}
+    row, hidden, found = anatomy.of(made), made.hidden_size, {}
+    sizes = anatomy.shape_of(made).attention_linears
+    for block in range(made.num_hidden_layers):
+        for path in list(sizes)[:-1]:
+            name = f"{row.blocks}.{block}.{path}.bias"
+            if name not in dense_names:
+                found[name] = torch.zeros(sizes[path][1])
+        if block in chosen:
+            home = f"{row.blocks}.{block}.{row.ffn}"
+            found[f"{home}.shared_expert_gate.weight"] = torch.zeros(1, hidden)
+            for linear in LINEARS:
+                shape = (hidden, 0) if linear == "down_proj" else (0, hidden)
+                found[f"{home}.shared_expert.{linear}.weight"] = torch.zeros(shape)
+    return found
+
+
+def idle_names(made: Any) -> frozenset[str]:
+    """Names of tensors that are there without effect and so never train: of an upcycled model what `fillers` has put in."""
+    if made.model_type != "qwen2_moe":
+        return frozenset()
+    shape = anatomy.shape_of(made)
+    assert shape.sparse is not None
+    donor = getattr(made, "upcycled_from", None)
+    blocks = shape.sparse.blocks if shape.sparse.shared == 0 else ()
+    known = () if donor in (None, "qwen2") else tuple(_bias_names(made))
+    home = f"{anatomy.of(made).blocks}.{{}}.{anatomy.of(made).ffn}"
+    shared = [f"{home.format(block)}.shared_expert.{linear}.weight" for block in blocks for linear in LINEARS]
+    gates = [f"{home.format(block)}.shared_expert_gate.weight" for block in blocks]
+    return frozenset((*known, *shared, *gates))
+
+
+def _bias_names(made: Any) -> list[str]:
+    row, sizes = anatomy.of(made), anatomy.shape_of(made).attention_linears
+    return [f"{row.blocks}.{b}.{path}.bias" for b in range(made.num_hidden_layers) for path in list(sizes)[:-1]]
+
+
+def idle_params(made: Any) -> int:
+    """Parameters of `idle_names`."""
+    if made.model_type != "qwen2_moe":
+        return 0
+    shape, names = anatomy.shape_of(made), idle_names(made)
+    assert shape.sparse is not None
+    biases = sum(out for path, (_, out) in list(shape.attention_linears.items())[:-1])
+    known = made.num_hidden_layers * biases if any(name.endswith(".bias") for name in names) else 0
+    return known + (len(shape.sparse.blocks) * made.hidden_size if shape.sparse.shared == 0 else 0)
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    if other.is_meta:
+        return torch.empty(tensor.shape, dtype=other.dtype, device="meta")
+    return tensor.to(other.device, other.dtype)

@@ -1,0 +1,140 @@
+"""Routers and experts while they train: subclasses of the family's own, made when they are needed, that hold the same weights under the
+same names. Settling gives a module its family's class back.
+
+Shapes: T tokens, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsmith import anatomy
+from sparsmith.ops.balance import several_ranks
+from sparsmith.ops.route_context import RouteContext
+from sparsmith.ops.routing import Routing
+from sparsmith.ops.token_choice import capacity_of, jitter, keep_second, route_tokens, within_capacity
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """What a router needs of the method's settings."""
+
+    combine: str
+    second_expert_drop: bool
+    capacity_factor: float | None
+    jitter: float
+
+
+class _Routed(nn.Module):
+    """Mixed into a family's router: logits in float32 from a copy of the input, and all that happens in training alone."""
+
+    settings: RouterSettings
+    context: RouteContext
+    block: int
+    weight: nn.Parameter
+    top_k: int
+    num_experts: int
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, E) logits, (T, K) weights, (T, K) indices."""
+        x_TD, settings = hidden_states.reshape(-1, hidden_states.shape[-1]), self.settings
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if self.training and settings.jitter:
+                x_TD = jitter(x_TD, settings.jitter)
+            logits_TE = functional.linear(x_TD.to(self.weight.dtype), self.weight)
+            wide = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+            routing = route_tokens(wide, self.top_k, settings.combine)
+        weights_TK = routing.gates
+        if self.training:
+            self.context.record(self.block, routing, self.num_experts, True)
+            weights_TK = self._thinned(routing)
+        return logits_TE, weights_TK, routing.indices
+
+    def _thinned(self, routing: Routing) -> Tensor:
+        """The weights, 0 where a slot is dropped; the others stay as they are."""
+        settings, weights_TK = self.settings, routing.gates
+        if not settings.second_expert_drop and settings.capacity_factor is None:
+            return weights_TK
+        kept_TK = torch.ones_like(weights_TK, dtype=torch.bool)
+        if settings.second_expert_drop:
+            kept_TK = keep_second(weights_TK)
+        context = self.context
+        if settings.capacity_factor is not None:
+            rows, length = context.shape
+            if rows * length != len(weights_TK):
+                raise RuntimeError(
+                    f"A capacity needs whole rows: {len(weights_TK)} tokens came, not {rows} x {length}."
+                )
+            mask_T = context.mask
+            wanted_TK = kept_TK if mask_T is None else kept_TK & mask_T.to(kept_TK.device)[:, None]
+            capacity = capacity_of(settings.capacity_factor, length, self.top_k, self.num_experts)
+            kept_TK = within_capacity(routing.indices, self.num_experts, rows, capacity, wanted_TK)
+            asked, served = wanted_TK.sum(), kept_TK.sum()
+            dropped = 1 - served / asked.clamp(min=1)
+            context.note("drop_rate", dropped / _ranks())
+        return weights_TK * kept_TK
+
+
+def _ranks() -> int:
+    """Figures are summed over the ranks when they are read."""
+    return torch.distributed.get_world_size() if several_ranks() else 1
+
+
+class _Thinning(nn.Module):
+    """Mixed into a family's experts: dropout behind the gated activation."""
+
+    expert_dropout: float
+
+    def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
+        inner = super()._apply_gate(gate_up_out)  # type: ignore[misc]
+        return functional.dropout(inner, self.expert_dropout, self.training)
+
+
+@cache
+def _mixed(mixin: type, family: type) -> type:
+    return type(f"{mixin.__name__.strip('_')}{family.__name__}", (mixin, family), {"__module__": __name__})
+
+
+def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, context: RouteContext) -> None:
+    """Let every sparse block's router (and experts, where they are thinned) train as the settings say, in place."""
+    for index, ffn in sparse_blocks(model):
+        row = anatomy.anatomy_of(model)
+        router, experts = getattr(ffn, row.router), getattr(ffn, row.experts)
+        router.__class__ = _mixed(_Routed, type(router))
+        router.settings, router.block = settings, index
+        object.__setattr__(router, "context", context)
+        for module in (router, experts):
+            module.sparsmith_grafted = True
+        if expert_dropout:
+            experts.__class__ = _mixed(_Thinning, type(experts))
+            experts.expert_dropout = expert_dropout
+
+
+def ungraft(model: nn.Module) -> None:
+    """Give the modules their family's classes back, in place."""
+    row = anatomy.anatomy_of(model)
+    for _, ffn in sparse_blocks(model):
+        for module in (getattr(ffn, row.router), getattr(ffn, row.experts)):
+            if isinstance(module, (_Routed, _Thinning)):
+                module.__class__ = type(module).__mro__[2]
+            for name in ("settings", "context", "block", "expert_dropout", "sparsmith_grafted"):
+                module.__dict__.pop(name, None)
+
+
+def sparse_blocks(model: nn.Module) -> list[tuple[int, Any]]:
+    """(index, FFN) of every sparse block."""
+    row = anatomy.anatomy_of(model)
+    found = ((index, anatomy.ffn_of(block, row)) for index, block in enumerate(anatomy.blocks(model)))
+    return [(index, ffn) for index, ffn in found if row.experts and hasattr(ffn, row.experts)]
+
+
+def context_of(model: nn.Module) -> RouteContext:
+    """The route context that all routers of a grafted model share."""
+    row = anatomy.anatomy_of(model)
+    return getattr(sparse_blocks(model)[0][1], row.router).context
