@@ -162,7 +162,7 @@ class Method:
     """What the method can be tuned for: `causal_lm`, `seq_cls`. Of a classifier it names the class head as its role `classifier`
     (`anatomy.classifier_tensors`), else the head would not train."""
     rounding: ClassVar[float] = 1e-6
-    """How far crafting may move a logit, over the largest one, where its algebra leaves the function as it was but sums in another order."""
+    """How far crafting may move a logit, over the largest one, where its algebra only sums in another order."""
     conflicts: ClassVar[Mapping[str, str]] = {}
     """Other method's name -> why the two cannot be combined."""
 
@@ -353,7 +353,7 @@ class Method:
         return {name: parameter.detach() for role in self.roles(model, config).values() for name, parameter in role}
 
     def files_config(self, model: nn.Module, config: Any) -> Mapping[str, Any]:
-        """Keys that the written config.json shall hold beside those that the library writes: older spellings that other readers look for."""
+        """Keys that the written config.json shall hold beside those that the library writes: older spellings that others look for."""
         return {}
 
     def fold_scale(self, model: nn.Module, config: Any) -> Any:
