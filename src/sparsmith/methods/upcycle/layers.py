@@ -97,7 +97,7 @@ class _Thinning(nn.Module):
 
 
 @cache
-def _mixed(mixin: type, family: type) -> type:
+def _mixed(mixin: Any, family: Any) -> type:
     return type(f"{mixin.__name__.strip('_')}{family.__name__}", (mixin, family), {"__module__": __name__})
 
 
