@@ -289,3 +289,5 @@ class Recipe(StrictModel):
     output: Text
     """The run's folder; relative to the working folder."""
     proof: ProofSettings = ProofSettings()
+    protocol: SerializeAsAny[StrictModel] | None = None
+    """Sides and tasks of `sparsmith protocol flan-moe` (`recipe/protocol.py`); the other verbs pass over it."""

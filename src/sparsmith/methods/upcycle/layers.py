@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,13 +106,13 @@ def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, con
     for index, ffn in sparse_blocks(model):
         row = anatomy.anatomy_of(model)
         router, experts = getattr(ffn, row.router), getattr(ffn, row.experts)
-        router.__class__ = _mixed(_Routed, type(router))
+        router.__class__ = _mixed(_Routed, cast(Any, type(router)))
         router.settings, router.block = settings, index
         object.__setattr__(router, "context", context)
         for module in (router, experts):
             module.sparsmith_grafted = True
         if expert_dropout:
-            experts.__class__ = _mixed(_Thinning, type(experts))
+            experts.__class__ = _mixed(_Thinning, cast(Any, type(experts)))
             experts.expert_dropout = expert_dropout
 
 
