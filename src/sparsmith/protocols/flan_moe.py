@@ -132,7 +132,8 @@ class FlanMoeComparison:
                         continue
                     chance, rank = chances.get(name), told.get("rank")
                     if chance is not None and rank is not None:
-                        told["normalised"] = {"value": normalised(100 * rank["value"], chance), "sd": None}
+                        score = normalised(100 * (rank["value"] or 0.0), chance)
+                        told["normalised"] = {"value": score, "sd": None}
                     found.append({"side": side, "setup": setup, "set": name, "metrics": told})
         return found
 
@@ -219,8 +220,8 @@ def check(recipe: Recipe, seeds: Sequence[int]) -> ProtocolSettings:
         raise UsageError("--seeds", "no seed", "at least one", "Write --seeds 0,1,2.")
     configs = recipe.methods
     if len(configs) != 1 or not isinstance(configs[0], UpcycleConfig):
-        names = ", ".join(str(getattr(config, "method", "")) for config in configs)
-        raise MethodError("methods", names, "upcycle alone", "Give a recipe with one `upcycle` entry.")
+        found = ", ".join(str(getattr(config, "method", "")) for config in configs)
+        raise MethodError("methods", found, "upcycle alone", "Give a recipe with one `upcycle` entry.")
     if configs[0].control != "none":
         raise MethodError(
             "upcycle.control", f"`{configs[0].control}`", "none", "Name the dense twin under `protocol.sides`."
@@ -232,10 +233,10 @@ def check(recipe: Recipe, seeds: Sequence[int]) -> ProtocolSettings:
         )
     sets = [*recipe.data.eval, *(task.eval for task in settings.tasks)]
     names = [source.name for source in sets]
-    for name in names:
-        if names.count(name) > 1:
+    for one in names:
+        if names.count(one) > 1:
             raise MethodError(
-                "protocol.tasks", f"the evaluation set `{name}` twice", "a name for each", "Rename one of them."
+                "protocol.tasks", f"the evaluation set `{one}` twice", "a name for each", "Rename one of them."
             )
     if not recipe.data.eval and 2 in settings.setups:
         raise MethodError("data.eval", "no held-out set", "at least one, for setup 2", "Name one under `data.eval`.")

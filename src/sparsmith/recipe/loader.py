@@ -174,7 +174,7 @@ def _recipe_class(methods: tuple[tuple[str, type[StrictModel]], ...]) -> type[Ba
 
     entries = tuple[AnyMethod, ...]
     inherited = Recipe.model_fields["methods"]
-    protocol = (ProtocolSettings | None, Recipe.model_fields["protocol"])
+    protocol: Any = (ProtocolSettings | None, Recipe.model_fields["protocol"])
     return create_model("RecipeOfMethods", __base__=Recipe, methods=(entries, inherited), protocol=protocol)
 
 
