@@ -139,6 +139,16 @@ def resume(folder: Path, model: PreTrainedModel, optimisers: list) -> dict | Non
     return payload["state"]
 
 
+def tidy(folder: Path) -> None:
+    """A saved tokenizer without words about this machine, under the name that older readers know; files that all may read."""
+    settings = folder / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k not in ("is_local", "local_files_only")}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.write_text(json.dumps(kept, indent=2) + "\n")
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 class RouterTerms(Protocol):
     """What the loop asks of a sparse model's routers after each forward."""
 

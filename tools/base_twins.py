@@ -33,7 +33,7 @@ from pathlib import Path
 import base_data
 import torch
 import transformers
-from base_loop import Pace, Rows, build_optimisers, loop, measure, resume, save
+from base_loop import Pace, Rows, build_optimisers, loop, measure, resume, save, tidy
 from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig
 
@@ -180,11 +180,12 @@ def flops_per_token(shape: Shape, sparse: str | None, vocabulary: int) -> dict[s
     """
     d, head = shape.hidden, shape.hidden // shape.heads
     k = SPARSE[sparse] if sparse else 1
+    gates = shape.experts + (sparse == "top1") if sparse else 0  # Qwen2-MoE asks its absent shared expert's gate too
     parts = {
         "attention": shape.layers * 2 * d * head * (2 * shape.heads + 2 * shape.kv_heads),
         "scores": shape.layers * 4 * shape.heads * head * shape.context,
         "ffn": shape.layers * k * 6 * d * (shape.ffn // k),
-        "router": shape.layers * 2 * d * shape.experts if sparse else 0,
+        "router": shape.layers * 2 * d * gates,
         "head": 2 * d * vocabulary,
     }
     return parts | {"total": sum(parts.values())}
@@ -202,7 +203,7 @@ def parameters(model: PreTrainedModel, sparse: str | None) -> dict[str, int]:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer, context: int) -> None:
-    """A plain folder, float32, whole or not at all."""
+    """A plain model folder, float32, in `folder`; written aside first, so that a full disk leaves no half of it."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -212,8 +213,8 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer, context: int) ->
     told = json.loads(settings.read_text())
     told["rope_theta"] = ROPE_THETA  # older readers look here, and Mixtral's default is another
     settings.write_text(json.dumps(told, indent=2) + "\n")
+    tidy(temporary)
     for file in temporary.iterdir():
-        file.chmod(0o644)
         file.replace(folder / file.name)
     temporary.rmdir()
 

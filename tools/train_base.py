@@ -25,7 +25,7 @@ from pathlib import Path
 import base_data
 import base_twins
 import torch
-from base_loop import CONTEXT, Pace, Rows, build_optimisers, loop, measure, resume, save
+from base_loop import CONTEXT, Pace, Rows, build_optimisers, loop, measure, resume, save, tidy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -123,12 +123,7 @@ def export(arguments: argparse.Namespace) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(arguments.to)
     tokenizer.save_pretrained(arguments.to)
-    settings = arguments.to / "tokenizer_config.json"
-    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k not in ("is_local", "local_files_only")}
-    kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older readers know as well
-    settings.write_text(json.dumps(kept, indent=2) + "\n")
-    for file in arguments.to.iterdir():
-        file.chmod(0o644)
+    tidy(arguments.to)
     print(json.dumps(payload["state"]))
 
 
