@@ -234,7 +234,8 @@ def train_twin(arguments: argparse.Namespace) -> None:
     rows = Rows(documents, tokenizer, arguments.seed, shape.context)
     model = build_model(shape, arguments.sparse, tokenizer, arguments.seed)
     optimisers = build_optimisers(model, arguments.lr)
-    asked = {"twin": arguments.sparse or "dense", "shape": asdict(shape), "seed": arguments.seed, "lr": arguments.lr}
+    sizes = {name: size for name, size in asdict(shape).items() if arguments.sparse or name != "experts"}
+    asked = {"twin": arguments.sparse or "dense", "shape": sizes, "seed": arguments.seed, "lr": arguments.lr}
     asked |= {"steps": arguments.steps, "rows_per_step": arguments.rows_per_domain * len(documents)}
     fresh = {"step": 0, "seconds": 0.0, "tokens": 0, "stream_sha256": "", "curve": [], "asked": asked}
     state = resume(arguments.out, model, optimisers) or fresh
