@@ -11,7 +11,7 @@ of equal FLOPs per token. These twins ask that question literally, at a size tha
 
 Mixtral always renormalises: with one expert per token its weight would be 1 for ever and the router would learn nothing
 from the language loss. Attention, norms, embedding and rotary angles are one shape in all three and begin equal, bit by bit.
-So a token costs the same everywhere, up to the router (about 0.3 %).
+So a token costs the same everywhere, up to the router (under 0.4 %).
 
 Router losses are the layer's own (mean over layers), not the pooled form of transformers, which cannot see layers that
 each collapse on another expert: balance E * sum_i f_i P_i with f over tokens (k at balance, E at collapse), coefficient

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import base_data
 import base_loop
 import base_twins
 import pytest
@@ -17,39 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsmith.embedded import base_path
+from tests.unit.tools.texts import documents, held_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 KINDS = (None, "top1", "top2")
 PICO = Shape(hidden=32, layers=2, heads=2, kv_heads=1, ffn=32, context=32, experts=4)
 STEPS = 40
-TEXTS = {
-    "maths": "add seven and two to find that the sum is nine",
-    "code": "def f ( x ) : return x + 1 for i in range",
-    "general": "the river runs past an old town where people sing",
-}
-
-
-def documents(salt: int) -> dict[str, list[str]]:
-    """A hundred short texts for each domain, each with a wording of its own."""
-    vocabularies = {domain: text.split() for domain, text in TEXTS.items()}
-    return {
-        domain: [" ".join(words[(i * step + salt) % len(words)] for i in range(12)) for step in range(1, 101)]
-        for domain, words in vocabularies.items()
-    }
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(base_path())
-
-
-@pytest.fixture
-def no_files(monkeypatch):
-    """The verb without the training files: a few made-up texts, nothing of them thrown out as seen."""
-    held_out = {domain: texts[:3] for domain, texts in documents(5).items()}
-    monkeypatch.setattr(base_data, "load", lambda folder: (documents(0), held_out))
-    monkeypatch.setattr(base_data, "unseen", lambda train, texts: texts)
 
 
 def train(out: Path, kind: str | None, steps: int = STEPS, *more: str) -> dict:
@@ -98,8 +76,7 @@ def test_three_twins_by_one_verb(no_files, tmp_path, tokenizer):
         assert model.dtype == torch.float32
         assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
         again = AutoTokenizer.from_pretrained(tmp_path / str(kind))
-        held_out = {domain: texts[:3] for domain, texts in documents(5).items()}
-        assert base_loop.measure(model, again, held_out, PICO.context) == facts[kind]["held_out_bits_per_char"]
+        assert base_loop.measure(model, again, held_out(), PICO.context) == facts[kind]["held_out_bits_per_char"]
         assert sum(p.numel() for p in model.parameters()) == facts[kind]["parameters"]["total"]
 
 
