@@ -83,8 +83,9 @@ def shared_families(source: Source, trained: Iterable[Source], presets: Sequence
     for other in trained:
         if other.path == source.path:
             found.setdefault("same file", []).append(other.name)
+        same = tag_of(other) == tag_of(source)
         for family, told in families_of(other).items():
-            if family in ours:
+            if family in ours and (family == tag_of(source) or not same):
                 found.setdefault(f"family {told}", []).append(other.name)
     for preset in presets:
         for family, parts in families_of_preset(preset).items():

@@ -23,12 +23,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     # questions about the world and science
     "mmlu": ("mmlu", "mmmlu", "hendrycks_test"),
     "arc": ("arc", "ai2_arc", "arc_easy", "arc_challenge", "arc_e", "arc_c"),
-    "openbookqa": ("openbookqa", "open_book_qa", "obqa"),
+    "openbookqa": ("openbookqa", "obqa"),
     "unifiedqa_science": ("unified_qa_science", "unified_qa_science_inst", "ai2_science"),
     "sciq": ("sciq",),
     "qasc": ("qasc", "eqasc"),
-    "boolq": ("boolq", "bool_q"),
-    "strategyqa": ("strategyqa", "strategy_qa"),
+    "boolq": ("boolq",),
+    "strategyqa": ("strategyqa",),
     "natural_questions": ("natural_questions", "naturalquestion", "nq_open"),
     "qed": ("qed",),
     "trivia_qa": ("trivia_qa",),
@@ -36,10 +36,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "wiki_qa": ("wiki_qa",),
     "hotpot_qa": ("hotpot_qa",),
     "wiki_hop": ("wiki_hop",),
-    "tydiqa": ("tydiqa", "tydi_qa"),
+    "tydiqa": ("tydiqa",),
     "squad": ("squad", "squad1", "squad2", "squad_v1", "squad_v2"),
     "drop": ("drop",),
-    "multirc": ("multirc", "multi_rc"),
+    "multirc": ("multirc",),
     "record": ("record",),
     "race": ("race",),
     "quac": ("quac",),
@@ -57,22 +57,22 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "commonsense_qa": ("commonsense_qa", "csqa", "cos_e", "ecqa"),
     "commonsense_qa2": ("commonsense_qa2", "csqa2"),
     "creak": ("creak",),
-    "sensemaking": ("sensemaking", "sense_making", "comve"),
+    "sensemaking": ("sensemaking", "comve"),
     "cosmos_qa": ("cosmos_qa",),
-    "social_iqa": ("social_iqa", "social_i_qa", "siqa"),
+    "social_iqa": ("social_iqa", "siqa"),
     "piqa": ("piqa",),
     "winogrande": ("winogrande",),
     "wsc": ("wsc", "wsc273", "winograd_wsc"),
-    "hellaswag": ("hellaswag", "hella_swag"),
+    "hellaswag": ("hellaswag",),
     "story_cloze": ("story_cloze",),
     "copa": ("copa",),
     "lambada": ("lambada",),
-    "bbh": ("bbh", "bigbench_hard", "big_bench_hard"),
+    "bbh": ("bbh", "bigbench_hard"),
     "truthful_qa": ("truthful_qa",),
     # inference, paraphrase, words
     "anli": ("anli",),
     "mnli": ("mnli", "multi_nli"),
-    "snli": ("snli", "esnli", "e_snli"),
+    "snli": ("snli", "esnli"),
     "qnli": ("qnli",),
     "rte": ("rte",),
     "cb": ("cb", "commitment_bank"),
@@ -81,12 +81,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "paws": ("paws",),
     "mrpc": ("mrpc",),
     "qqp": ("qqp",),
-    "stsb": ("stsb", "sts_b"),
+    "stsb": ("stsb",),
     "cola": ("cola",),
     "trec": ("trec",),
     # sentiment, topics
     "imdb": ("imdb",),
-    "sst2": ("sst2", "sst_2"),
+    "sst2": ("sst2",),
     "yelp": ("yelp",),
     "sentiment140": ("sentiment140",),
     "amazon_polarity": ("amazon_polarity",),
@@ -108,11 +108,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "wiki_bio": ("wiki_bio",),
     # code
     "mbpp": ("mbpp",),
-    "humaneval": ("humaneval", "human_eval"),
+    "humaneval": ("humaneval",),
     "code_contests": ("code_contests", "dmcc_python"),
     "nl2bash": ("nl2bash",),
 }
-"""Family -> its names. Letters and digits alone count: `bool_q`, `BoolQ` and `boolq_test` are one."""
+"""Family -> its names. Small letters and digits alone count: `bool_q`, `BoolQ` and `boolq_test` are one."""
 
 _COT = "gsm8k strategyqa aqua creak commonsense_qa snli qasc qed sensemaking"
 
@@ -126,15 +126,16 @@ _T0 = """
     adversarial_qa amazon_polarity app_reviews commonsense_qa dbpedia dream duorc hotpot_qa qasc quail quarel quartz quoref race ropes sciq
     social_iqa web_questions wiki_bio wiki_hop wiki_qa wiqa
     ag_news anli arc boolq cb cnn_dailymail cola common_gen copa cosmos_qa drop gigaword mrpc qqp hellaswag imdb lambada multi_news multirc
-    natural_questions openbookqa paws piqa qnli quac record rte samsum squad sst2 story_cloze stsb trec trivia_qa wic winogrande wsc xsum yelp
+    natural_questions openbookqa paws piqa qnli quac record rte samsum squad sst2 story_cloze stsb trec trivia_qa wic winogrande wsc xsum
+    yelp
 """
 
 _NIV2 = """
     adversarial_qa ag_news amazon_polarity anli app_reviews aqua arc asdiv boolq cb cnn_dailymail cola common_gen commonsense_qa copa coqa
     cosmos_qa creak dart dbpedia deepmind_math dream drop duorc e2e_nlg gigaword hellaswag hotpot_qa imdb math_qa mawps mnli mrpc multi_news
     multirc natural_questions openbookqa paws piqa qasc qed qqp quail quarel quartz quoref race record ropes rte samsum sciq sensemaking
-    sentiment140 snli social_iqa squad sst2 story_cloze strategyqa stsb svamp trec trivia_qa web_nlg web_questions wiki_hop wiki_qa winogrande
-    wiqa wsc xsum yelp
+    sentiment140 snli social_iqa squad sst2 story_cloze strategyqa stsb svamp trec trivia_qa web_nlg web_questions wiki_hop wiki_qa
+    winogrande wiqa wsc xsum yelp
 """
 
 SUBMIXTURES: dict[str, tuple[str, ...]] = {
@@ -158,13 +159,13 @@ BUNDLES: dict[str, tuple[str, ...]] = {
 """Name of a mixture that is used as a source, or as a preset -> its parts."""
 
 BUNDLE_ALIASES: dict[str, tuple[str, ...]] = {
-    "flan2022": ("flan2022", "flan_2022", "flan_v2", "flan_collection"),
-    "flan2021": ("flan2021", "flan_2021", "flan_v1"),
+    "flan2022": ("flan2022", "flan_v2", "flan_collection"),
+    "flan2021": ("flan2021", "flan_v1"),
     "muffin": ("muffin",),
     "t0": ("t0", "t0_sf"),
     "p3": ("p3",),
     "niv2": ("niv2", "natural_instructions", "super_natural_instructions"),
-    "superni": ("superni", "super_ni", "sni"),
+    "superni": ("superni", "sni"),
 }
 """Bundle -> names of sources by which it is known. `cot` is none of them: it stands in the names of many single sets."""
 

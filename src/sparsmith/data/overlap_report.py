@@ -61,8 +61,8 @@ class SetOverlap:
     """Rows with any of them."""
     short_rows: int = 0
     """Rows of fewer than 13 words, which only an exact match can find."""
-    common_ngrams: int = 0
-    """Runs left out because they stand in more than a tenth of the set's own rows (and in 10 at least): instructions, no contents."""
+    instruction_rows: int = 0
+    """Rows whose runs were met but are instructions (a prompt's template) and no contents: not among `ngram_rows`."""
     by_source: dict[str, int] = field(default_factory=dict)
     """Training source -> rows of this set that it meets."""
     examples: tuple[Meeting, ...] = ()
@@ -188,13 +188,13 @@ class OverlapReport:
 
         lines = []
         for one in self.sets.values():
-            if one.common_ngrams:
+            if one.instruction_rows:
                 lines.append(
-                    f"{one.name}: {one.common_ngrams:,} runs of {WORDS} words are its own instructions and were left out"
+                    f"{one.name}: instructions alone are shared by {one.instruction_rows:,}; these do not count"
                 )
             if one.by_source:
                 lines.append(
-                    f"{one.name} is met by " + ", ".join(f"{name} ({n:,} rows)" for name, n in one.by_source.items())
+                    f"{one.name} is met by " + ", ".join(f"{name} ({n:,})" for name, n in one.by_source.items())
                 )
             lines += [
                 f"  {meeting.kind.replace('_', ' ')}: {meeting.evaluated} = {meeting.trained}: {meeting.text}"

@@ -10,6 +10,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,27 +46,33 @@ class WordHashes(dict[str, int]):
 _BASE = 0x9E3779B97F4A7C15
 
 
-def ngrams(texts: Sequence[list[str]], n: int, hashes: WordHashes) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of `n` words, none across two texts.
+@dataclass(frozen=True)
+class FlatWords:
+    """The words of T texts as one row of numbers."""
 
-    Args:
-        texts: T lists of words.
+    hashes: np.ndarray
+    """(words,) uint64"""
+    owner: np.ndarray
+    """(words,) int64, the text of each word, ascending."""
 
-    Returns:
-        (hash, text) of each run: (runs,) uint64 and (runs,) int64, in the order of the texts and of their words. Two unlike runs share a
-        hash with probability 2^-64.
-    """
-    sizes = np.array([len(text) for text in texts], np.int64)
-    total = int(sizes.sum())
-    if total < n:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    flat = np.fromiter((hashes[word] for text in texts for word in text), np.uint64, total)
-    owner = np.repeat(np.arange(len(texts)), sizes)
-    runs = total - n + 1
-    value = np.zeros(runs, np.uint64)
-    base = np.uint64(_BASE)
-    with np.errstate(over="ignore"):
-        for place in range(n):
-            value = value * base + flat[place : place + runs]
-    inside = owner[:runs] == owner[n - 1 :]
-    return value[inside], owner[:runs][inside]
+    @classmethod
+    def of(cls, texts: Sequence[list[str]], table: WordHashes) -> FlatWords:
+        sizes = np.array([len(text) for text in texts], np.int64)
+        flat = np.fromiter((table[word] for text in texts for word in text), np.uint64, int(sizes.sum()))
+        return cls(flat, np.repeat(np.arange(len(texts)), sizes))
+
+    def ngrams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of all runs of `n` words, none across two texts.
+
+        Returns:
+            (hash, start) of each run: (runs,) uint64 and (runs,) int64, the place of its first word. Two unlike runs share a hash with
+            probability 2^-64.
+        """
+        runs = max(0, len(self.hashes) - n + 1)
+        value = np.zeros(runs, np.uint64)
+        base = np.uint64(_BASE)
+        with np.errstate(over="ignore"):
+            for place in range(n):
+                value = value * base + self.hashes[place : place + runs]
+        start = np.flatnonzero(self.owner[:runs] == self.owner[len(self.owner) - runs :])
+        return value[start], start
