@@ -36,7 +36,7 @@ def moe_recipe(folder: Path, **section) -> Path:
         **section,
     }
     recipe["data"]["train"] = [first, second]
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -194,7 +194,7 @@ def test_a_source_of_a_task_that_is_not_there(tmp_path, capsys):
     path = moe_recipe(tmp_path)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe["protocol"]["tasks"][0]["train"]["path"] = "nowhere.jsonl"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     assert main(["plan", str(path)]) == 0, "a plan reads no rows"
     assert main(["protocol", "flan-moe", str(path), "--seeds", "0"]) == 3
     assert "protocol.tasks.0.train.path" in capsys.readouterr().err
