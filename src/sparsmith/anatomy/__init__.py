@@ -15,7 +15,7 @@ from sparsmith.anatomy.access import (
     walk,
 )
 from sparsmith.anatomy.classifier import classifier, classifier_tensors, narrow_classifier, widen_classifier
-from sparsmith.anatomy.experts import SparseShape, is_sparse, refuse_sparse, sparse_shape
+from sparsmith.anatomy.experts import SparseShape, idle_biases, is_sparse, refuse_sparse, sparse_shape
 from sparsmith.anatomy.rows import Anatomy, families, of, register, unregister
 from sparsmith.anatomy.shape import ModelShape, shape_of
 from sparsmith.anatomy.tasks import CAUSAL_LM, SEQ_CLS, for_task, require_task, task_of
@@ -37,6 +37,7 @@ __all__ = [
     "ffn_of",
     "for_task",
     "head",
+    "idle_biases",
     "is_sparse",
     "logits_of",
     "narrow_classifier",

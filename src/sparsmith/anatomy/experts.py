@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from sparsmith.anatomy.rows import Anatomy, base_config, of
@@ -73,10 +75,24 @@ def sparse_shape(config: Any) -> SparseShape | None:
     )
 
 
+def idle_biases(config: Any, row: Anatomy, attention: Mapping[str, Any]) -> tuple[str, ...]:
+    """Linears of a block whose bias is zero and never trains: of a mixture that was made from a model without biases, in an architecture
+    that has them (`upcycled_from` in its config says so).
+
+    Args:
+        attention: the block's attention linears, the one outward last.
+    """
+    donor = getattr(config, "upcycled_from", None)
+    if row.attention_bias != "qkv_config" or donor is None:
+        return ()
+    return () if of(SimpleNamespace(model_type=donor)).attention_bias == "qkv" else tuple(attention)[:-1]
+
+
 def is_sparse(config: Any) -> bool:
-    """True for a mixture of experts of a family that has a row."""
+    """True for a model with experts in some block, of a family that has a row."""
     try:
-        return bool(of(config).experts)
+        found = sparse_shape(config)
+        return found is not None and bool(found.blocks)
     except UnsupportedAnatomy:  # told where an anatomy is needed; a plug-in may know the family
         return False
 
@@ -87,11 +103,10 @@ def refuse_sparse(config: Any, who: str) -> None:
     Raises:
         UnsupportedAnatomy.
     """
-    row: Anatomy = of(config)
-    if row.experts:
+    if is_sparse(config):
         inner = base_config(config)
         raise UnsupportedAnatomy(
-            f"{who} on {type(inner).__name__} (model_type {row.model_types[0]})",
+            f"{who} on {type(inner).__name__} (model_type {inner.model_type})",
             "a mixture of experts already",
             "a dense model",
             "Start from the dense model of this family, or tune this one by {method: upcycle, donor: sparse}.",

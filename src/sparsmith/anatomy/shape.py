@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparsmith.anatomy.experts import SparseShape, sparse_shape
+from sparsmith.anatomy.experts import SparseShape, idle_biases, sparse_shape
 from sparsmith.anatomy.rows import Anatomy, base_config, cross_layer_state
 from sparsmith.anatomy.tasks import SEQ_CLS, require_task, task_of
 
@@ -50,6 +50,8 @@ class ModelShape:
     """Rows of the table of segment kinds."""
     sparse: SparseShape | None = None
     """The experts, of a mixture."""
+    idle_biases: int = 0
+    """Parameters of biases that are zero and stay so: an architecture has them that the model it was made from had not."""
 
     @property
     def dense_blocks(self) -> int:
@@ -185,4 +187,5 @@ def shape_of(subject: Any) -> ModelShape:
         pooler_params=hidden * (hidden + 1) if row.pooler else 0,
         token_types=config.type_vocab_size if row.token_types else 0,
         sparse=sparse_shape(config),
+        idle_biases=layers * sum(attention[name][1] for name in idle_biases(config, row, attention)),
     )

@@ -87,8 +87,17 @@ def cut_config(config: Any, like: Sequence[int]) -> Any:
     window = getattr(config, "max_window_layers", None)
     if window is not None:
         cut.__dict__["max_window_layers"] = min(window, len(like))
+    if getattr(config, "mlp_only_layers", None) is not None:  # indices of dense blocks, counted anew
+        dense = set(range(layers)) - set(_sparse_blocks(config))
+        cut.__dict__["mlp_only_layers"] = [place for place, index in enumerate(like) if index in dense]
+        cut.__dict__["decoder_sparse_step"] = 1
     cut.__dict__[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(like)
     return cut
+
+
+def _sparse_blocks(config: Any) -> tuple[int, ...]:
+    shape = anatomy.sparse_shape(config)
+    return shape.blocks if shape is not None else tuple(range(config.num_hidden_layers))
 
 
 def _set_config(view: Any, config: Any) -> None:

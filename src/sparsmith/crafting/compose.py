@@ -126,4 +126,5 @@ def _check_lora(parts: Sequence[tuple[Method, MethodConfig]]) -> None:
 
 def _lora(method: Method, config: MethodConfig) -> LoraSettings | None:
     settings = getattr(config, "lora", None)
-    return settings if isinstance(settings, LoraSettings) and not method.trains_base(config) else None
+    asked = isinstance(settings, LoraSettings) and method.asks_lora(config) and not method.trains_base(config)
+    return settings if asked else None

@@ -365,6 +365,10 @@ class Method:
         settled model is a stock architecture."""
         return ()
 
+    def asks_lora(self, config: Any) -> bool:
+        """False where the settings hold a LoRA that this way of tuning does not use."""
+        return True
+
     def lora(self, config: Any, shape: ModelShape | None = None) -> LoraSettings | None:
         """The LoRA that crafting must inject after every method has grafted its modules, or None. Its size may depend on the model's
         shape."""

@@ -131,7 +131,9 @@ def test_a_contrast_is_the_signed_sum_on_the_same_draws():
     rows = {name: {"s": {"loss": RowScores(values, (1.0,) * 4)}} for name, values in _ROWS.items()}
     parts = [(1, rows["b after"]), (-1, rows["b before"]), (-1, rows["a after"]), (1, rows["a before"])]
     found = contrast(parts, {"s": "d"}, seed=1).overall["loss"]
-    by_hand = [b - a - (d - c) for b, a, d, c in zip(*(_ROWS[n] for n in ("b after", "b before", "a after", "a before")))]
+    by_hand = [
+        b - a - (d - c) for b, a, d, c in zip(*(_ROWS[n] for n in ("b after", "b before", "a after", "a before")))
+    ]
     assert found.value == pytest.approx(sum(by_hand) / 4)
     rows_of = {"s": {"loss": RowScores(tuple(by_hand), (1.0,) * 4)}}
     zero = {"s": {"loss": RowScores((0.0,) * 4, (1.0,) * 4)}}
@@ -155,7 +157,9 @@ def test_flops_match_by_fewer_steps_of_the_same_stream(tmp_path):
 
 
 def test_what_is_tuned_further_keeps_its_routers():
-    config = UpcycleConfig(experts=4, top_k=1, layers="every-2", moe={"router": "top1", "jitter": 0.01, "balance_coef": 0.5})
+    config = UpcycleConfig(
+        experts=4, top_k=1, layers="every-2", moe={"router": "top1", "jitter": 0.01, "balance_coef": 0.5}
+    )
     later = tuned_as_it_is(config)
     assert later.donor == "sparse" and later.moe == config.moe and later.experts == 8
     assert tuned_as_it_is(later) is later
@@ -164,7 +168,11 @@ def test_what_is_tuned_further_keeps_its_routers():
 @pytest.mark.parametrize(
     ("section", "kind", "match"),
     [
-        ({"sides": {"dense": {"settings": {"control": "dense"}}, "moe": {"settings": {"expert": 3}}}}, MethodError, "expert"),
+        (
+            {"sides": {"dense": {"settings": {"control": "dense"}}, "moe": {"settings": {"expert": 3}}}},
+            MethodError,
+            "expert",
+        ),
         ({"pairs": [["dense", "mo"]]}, None, "`moe`"),
         ({"tasks": []}, None, "tasks to tune on"),
         ({"setups": [2]}, None, "no effect"),

@@ -213,7 +213,7 @@ class SoftConfig(MethodConfig):
             return self.num_params(shape)
         counts: dict[str, int] = {}
         if self.tune == "full":
-            counts["block"] = block_params(shape) * shape.layers
+            counts["block"] = blocks_params(shape)
             if not shape.tied or self.trains_head:
                 counts["embedding"] = shape.embedding_params
             elif shape.positions:
@@ -229,10 +229,15 @@ def final_norm_params(shape: ModelShape) -> int:
     return shape.final_norm_params
 
 
-def block_params(shape: ModelShape) -> int:
-    """Parameters of one block."""
+def blocks_params(shape: ModelShape) -> int:
+    """Parameters of all blocks, without experts and their routers, which another method trains."""
     norms = shape.norm_params - shape.final_norm_params
-    return (shape.attention_params + shape.ffn_params + norms) // shape.layers
+    return shape.attention_params + shape.ffn_params + norms - shape.idle_biases
+
+
+def block_params(shape: ModelShape) -> int:
+    """Parameters of one block of a dense model."""
+    return blocks_params(shape) // shape.layers
 
 
 def _loss_clashes(config: SoftConfig) -> Iterable[Clash]:

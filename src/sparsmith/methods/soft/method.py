@@ -328,10 +328,12 @@ def _size(count: float) -> str:
 
 
 def _own(block: nn.Module) -> list[nn.Parameter]:
-    """A block's base parameters, without those that another method has grafted (its module says `sparsmith_grafted`)."""
+    """A block's base parameters, without those that another method has grafted (its module says `sparsmith_grafted`) or that are there
+    without effect (`sparsmith_idle` names them in their module)."""
     others = (module for module in block.modules() if getattr(module, "sparsmith_grafted", False))
-    grafted = {id(p) for module in others for p in module.parameters()}
-    return [p for p in block.parameters() if id(p) not in grafted]
+    left = {id(p) for module in others for p in module.parameters()}
+    left |= {id(getattr(m, name)) for m in block.modules() for name in getattr(m, "sparsmith_idle", ())}
+    return [p for p in block.parameters() if id(p) not in left]
 
 
 def _check_masters(model: nn.Module) -> None:

@@ -116,33 +116,19 @@ def fillers(made: Any, dense_names: Any, chosen: tuple[int, ...]) -> dict[str, T
 
 def idle_names(made: Any) -> frozenset[str]:
     """Names of tensors that are there without effect and so never train: of an upcycled model what `fillers` has put in."""
-    if made.model_type != "qwen2_moe":
-        return frozenset()
-    shape = anatomy.shape_of(made)
-    assert shape.sparse is not None
-    donor = getattr(made, "upcycled_from", None)
-    blocks = shape.sparse.blocks if shape.sparse.shared == 0 else ()
-    known = () if donor in (None, "qwen2") else tuple(_bias_names(made))
-    home = f"{anatomy.of(made).blocks}.{{}}.{anatomy.of(made).ffn}"
-    shared = [f"{home.format(block)}.shared_expert.{linear}.weight" for block in blocks for linear in LINEARS]
-    gates = [f"{home.format(block)}.shared_expert_gate.weight" for block in blocks]
-    return frozenset((*known, *shared, *gates))
-
-
-def _bias_names(made: Any) -> list[str]:
-    row, sizes = anatomy.of(made), anatomy.shape_of(made).attention_linears
-    return [f"{row.blocks}.{b}.{path}.bias" for b in range(made.num_hidden_layers) for path in list(sizes)[:-1]]
+    row, shape = anatomy.of(made), anatomy.shape_of(made)
+    linears = anatomy.idle_biases(made, row, shape.attention_linears)
+    names = [f"{row.blocks}.{block}.{path}.bias" for block in range(shape.layers) for path in linears]
+    for block in shape.sparse.blocks if shape.sparse and shape.sparse.shared == 0 else ():
+        home = f"{row.blocks}.{block}.{row.ffn}"
+        names += [f"{home}.shared_expert_gate.weight", *(f"{home}.shared_expert.{linear}.weight" for linear in LINEARS)]
+    return frozenset(names)
 
 
 def idle_params(made: Any) -> int:
     """Parameters of `idle_names`."""
-    if made.model_type != "qwen2_moe":
-        return 0
-    shape, names = anatomy.shape_of(made), idle_names(made)
-    assert shape.sparse is not None
-    biases = sum(out for path, (_, out) in list(shape.attention_linears.items())[:-1])
-    known = made.num_hidden_layers * biases if any(name.endswith(".bias") for name in names) else 0
-    return known + (len(shape.sparse.blocks) * made.hidden_size if shape.sparse.shared == 0 else 0)
+    shape = anatomy.shape_of(made)
+    return shape.idle_biases + (shape.sparse.shared_params if shape.sparse and shape.sparse.shared == 0 else 0)
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:

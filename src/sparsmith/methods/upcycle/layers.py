@@ -109,18 +109,28 @@ def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, con
         router.__class__ = _mixed(_Routed, cast(Any, type(router)))
         router.settings, router.block = settings, index
         object.__setattr__(router, "context", context)
-        for module in (router, experts):
+        shared = [getattr(ffn, name) for name in ("shared_expert", "shared_expert_gate") if hasattr(ffn, name)]
+        for module in (router, experts, *shared):
             module.sparsmith_grafted = True
         if expert_dropout:
             experts.__class__ = _mixed(_Thinning, cast(Any, type(experts)))
             experts.expert_dropout = expert_dropout
 
 
+def hide_idle(model: nn.Module, names: frozenset[str]) -> None:
+    """Let methods that train a block's own tensors see which of them are there without effect."""
+    for name in names:
+        home, _, own = name.rpartition(".")
+        module = model.get_submodule(home)
+        module.sparsmith_idle = (*getattr(module, "sparsmith_idle", ()), own)  # type: ignore[assignment]
+
+
 def ungraft(model: nn.Module) -> None:
     """Give the modules their family's classes back, in place."""
     row = anatomy.anatomy_of(model)
     for _, ffn in sparse_blocks(model):
-        for module in (getattr(ffn, row.router), getattr(ffn, row.experts)):
+        shared = [getattr(ffn, name) for name in ("shared_expert", "shared_expert_gate") if hasattr(ffn, name)]
+        for module in (getattr(ffn, row.router), getattr(ffn, row.experts), *shared):
             if isinstance(module, (_Routed, _Thinning)):
                 module.__class__ = type(module).__mro__[2]
             for name in ("settings", "context", "block", "expert_dropout", "sparsmith_grafted"):

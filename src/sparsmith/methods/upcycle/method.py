@@ -16,7 +16,7 @@ from sparsmith.methods.upcycle import planning
 from sparsmith.methods.upcycle.build import build_sparse
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.methods.upcycle.convert import idle_names
-from sparsmith.methods.upcycle.layers import RouterSettings, context_of, graft, sparse_blocks, ungraft
+from sparsmith.methods.upcycle.layers import RouterSettings, context_of, graft, hide_idle, sparse_blocks, ungraft
 from sparsmith.methods.upcycle.targets import sparse_config
 from sparsmith.ops.route_context import RouteContext
 
@@ -77,6 +77,7 @@ class UpcycleMethod(Method):
             jitter=config.moe.jitter,
         )
         graft(model, settings, config.moe.expert_dropout, RouteContext())
+        hide_idle(model, idle_names(model.config))
         quiet(model, config)
         for _, ffn in sparse_blocks(model):
             router = getattr(ffn, anatomy.anatomy_of(model).router)
@@ -108,8 +109,11 @@ class UpcycleMethod(Method):
         }
         return tuple(role for role, on in trained.items() if on)
 
+    def asks_lora(self, config: UpcycleConfig) -> bool:
+        return config.sparse and config.tune == "lora"
+
     def lora(self, config: UpcycleConfig, shape: ModelShape | None = None) -> LoraSettings | None:
-        return config.lora if config.sparse and config.tune == "lora" else None
+        return config.lora if self.asks_lora(config) else None
 
     def trains_base(self, config: UpcycleConfig) -> bool:
         return config.trains_dense
@@ -167,8 +171,8 @@ class UpcycleMethod(Method):
         return self.crafted_config(config, base_config)
 
     def cut(self, view: Any, config: UpcycleConfig, depth: int, layers: int) -> UpcycleConfig | None:
-        """The blocks that are left are a mixture, or none of them is."""
-        if not config.sparse or depth == layers:
+        """The blocks that are left are a mixture, or none of them is. What is cut out is described as it is, not as it was made."""
+        if not config.sparse:
             return config
         if not sparse_blocks(view):
             return None
