@@ -15,6 +15,7 @@ _HOMES = {
     "data_show": "sparsmith.app.recipes",
     "tune": "sparsmith.app.tuning",
     "evaluate": "sparsmith.app.use",
+    "evaluate_tasks": "sparsmith.app.use",
     "generate": "sparsmith.app.use",
     "export": "sparsmith.app.use",
     "report": "sparsmith.app.use",

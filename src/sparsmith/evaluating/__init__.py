@@ -1,4 +1,4 @@
-"""How good a model is: held-out loss, rank classification, exact match, each with its interval."""
+"""How good a model is: held-out loss, rank classification, exact match, each with its interval; and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from sparsmith.evaluating.answers import extract, normalise
 from sparsmith.evaluating.depths import DepthResult, elastic_depths, evaluate_depths
 from sparsmith.evaluating.evaluate import evaluate
 from sparsmith.evaluating.exact_match import exact_match, write_answers
+from sparsmith.evaluating.harness import TaskResult, built_in_tasks, evaluate_tasks
 from sparsmith.evaluating.loss import heldout_loss
 from sparsmith.evaluating.questions import alias_match, strict_match, word_overlap
 from sparsmith.evaluating.rank import rank_classification
@@ -21,10 +22,13 @@ __all__ = [
     "Figure",
     "RowScores",
     "Sheet",
+    "TaskResult",
     "alias_match",
+    "built_in_tasks",
     "elastic_depths",
     "evaluate",
     "evaluate_depths",
+    "evaluate_tasks",
     "exact_match",
     "extract",
     "heldout_loss",
