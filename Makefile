@@ -1,7 +1,9 @@
 # Everything from a fresh clone: `make demo` and `make test` make their own environment first.
 VENV    := .venv
 PYTHON  := $(VENV)/bin/python
-STAMP   := $(VENV)/.installed
+# `make test EXTRAS=dev,quant,eval` also runs the tests of lm-evaluation-harness, which is 350 MB more; without it they are skipped.
+EXTRAS  := dev,quant
+STAMP   := $(VENV)/.installed-$(EXTRAS)
 # Two workers of one thread each fill two cores; more threads per worker only get in each other's way.
 TESTENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -13,7 +15,7 @@ help: ## This list.
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev,quant]'
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(STAMP) ## The whole story on the embedded base, offline, ending in a report.

@@ -25,6 +25,7 @@ _HOMES = {
     "generate": "sparsmith.inference",
     "Tuner": "sparsmith.training",
     "evaluate": "sparsmith.evaluating",
+    "evaluate_tasks": "sparsmith.evaluating",
     "load_recipe": "sparsmith.app",
     "tune": "sparsmith.app",
     "data_overlap": "sparsmith.app",

@@ -17,6 +17,7 @@ _HOMES = {
     "tune": "sparsmith.app.tuning",
     "evaluate": "sparsmith.app.use",
     "evaluate_apart": "sparsmith.app.meeting",
+    "evaluate_tasks": "sparsmith.app.use",
     "generate": "sparsmith.app.use",
     "export": "sparsmith.app.use",
     "report": "sparsmith.app.use",

@@ -82,6 +82,24 @@ def evaluate(
     return chosen_measure(model, tokenizer, data.eval, seed=seed, domains=data.domains)
 
 
+def evaluate_tasks(target: str | Path, tasks: Sequence[str], **options: Any) -> Any:
+    """Measure a run or a model on tasks of lm-evaluation-harness, from files on disk.
+
+    Args:
+        tasks: names, task files or folders of such. options: as `evaluating.evaluate_tasks` takes them.
+
+    Returns:
+        A `TaskResult`.
+    """
+    from sparsmith.evaluating import evaluate_tasks as measure
+    from sparsmith.evaluating.harness import find_tasks, installed
+
+    find_tasks(tasks)
+    installed()  # before the model is read, which takes longer
+    model, tokenizer, _ = load_model(target)
+    return measure(placed(model), tokenizer, tasks, **options)
+
+
 def _task_words(classes: int | None) -> str:
     return "the next token" if classes is None else f"{classes} classes"
 

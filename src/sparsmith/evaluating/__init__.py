@@ -1,4 +1,4 @@
-"""How good a model is: held-out loss, rank classification, exact match, each with its interval."""
+"""How good a model is: held-out loss, rank classification, exact match, each with its interval; and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sparsmith.evaluating.apart import ApartResult, CleanAndSeen, clean_and_seen
 from sparsmith.evaluating.depths import DepthResult, elastic_depths, evaluate_depths
 from sparsmith.evaluating.evaluate import evaluate
 from sparsmith.evaluating.exact_match import exact_match, write_answers
+from sparsmith.evaluating.harness import TaskResult, built_in_tasks, evaluate_tasks
 from sparsmith.evaluating.loss import heldout_loss
 from sparsmith.evaluating.normalised import Headline, TaskScore, headline, headline_sheet, normalised, suite_score
 from sparsmith.evaluating.questions import alias_match, strict_match, word_overlap
@@ -26,12 +27,15 @@ __all__ = [
     "Headline",
     "RowScores",
     "Sheet",
+    "TaskResult",
     "TaskScore",
     "alias_match",
+    "built_in_tasks",
     "clean_and_seen",
     "elastic_depths",
     "evaluate",
     "evaluate_depths",
+    "evaluate_tasks",
     "exact_match",
     "extract",
     "headline",

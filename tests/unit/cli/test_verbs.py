@@ -16,7 +16,8 @@ VERBS: dict[str, set[str]] = {
     "demo": {"--out"},
     "plan": OVERRIDES,
     "tune": OVERRIDES,
-    "eval": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--seed"},
+    "eval": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--seed"}
+    | {"--tasks", "--tasks-data", "--limit", "--shots", "--scorer"},
     "generate": {"RUN|MODEL", "--prompt", "-p", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--raw"}
     | {"--depth", "--budget", "--exit-threshold", "--visit", "--self-speculative", "--profile", "--stats"},
     "export": {"RUN", "OUT", "--depth", "--all", "--dtype", "--fold-scale", "--proof", "--no-proof"}
