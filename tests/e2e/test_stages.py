@@ -289,3 +289,29 @@ def test_too_little_disk_is_told_before_the_first_step(recipe, capsys, monkeypat
     code, _, err = said(capsys, "tune", recipe, f"output={recipe.parent / 'full'}")
     assert code == 9 and "1,000 bytes free" in err
     assert not (recipe.parent / "full" / "stages").exists()
+
+
+def test_what_an_earlier_stage_trained_on_is_seen_too(whole, recipe, tmp_path):
+    """The evaluation sets of the last stage against the rows of every stage."""
+    import yaml
+
+    other = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    stages = other["stages"]
+    stages[1]["data"] = {
+        "train": [
+            {
+                "name": "sums",
+                "domain": "sums",
+                "path": str(recipe.parent / "sums.jsonl"),
+                "heldout": 0.1,
+                "part": "train",
+            }
+        ]
+    }
+    for source in (*other["data"]["train"], *other["data"]["eval"]):
+        source["path"] = str(recipe.parent / source["path"])
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
+    found = app.data_overlap(tmp_path / "r.yaml")
+    assert found.seen() == ["sums_held", "words_held"] and found.trained.keys() == {"sums", "words"}
+    apart = app.evaluate_apart(whole)
+    assert set(apart.report.trained) == {"sums", "words"} and apart.report.clean() == []
