@@ -289,3 +289,17 @@ def test_too_little_disk_is_told_before_the_first_step(recipe, capsys, monkeypat
     code, _, err = said(capsys, "tune", recipe, f"output={recipe.parent / 'full'}")
     assert code == 9 and "1,000 bytes free" in err
     assert not (recipe.parent / "full" / "stages").exists()
+
+
+def test_what_an_earlier_stage_trained_on_is_seen_too(whole, recipe):
+    """The evaluation sets of the last stage against the rows of every stage."""
+    import yaml
+
+    other = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    other["stages"][1]["data"] = {"train": [other["data"]["train"][0]]}
+    file = recipe.parent / "seen.yaml"
+    file.write_text(yaml.safe_dump(other, sort_keys=False))
+    found = app.data_overlap(file)
+    assert found.seen() == ["sums_held", "words_held"] and found.trained.keys() == {"sums", "words"}
+    apart = app.evaluate_apart(whole)
+    assert set(apart.report.trained) == {"sums", "words"} and apart.report.clean() == []

@@ -154,7 +154,7 @@ def test_no_code_is_read_from_files():
     [
         "import sparsmith",
         "from sparsmith.cli import main; assert main(['--help']) == 0",
-        "from sparsmith.cli import main; assert main(['data', 'show', '--help']) == 0",
+        "from sparsmith.cli import main; assert main(['data', 'overlap', '--help']) == 0",
         "import sparsmith.errors, sparsmith.recipe, sparsmith.methods.base; from sparsmith.methods import registry; "
         "registry.config_classes()",
     ],

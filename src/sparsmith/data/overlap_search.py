@@ -209,12 +209,11 @@ class _Set:
 
     def _own_phrases(self, rows: np.ndarray) -> np.ndarray:
         """(phrases,) bool: those that stand in many rows of the set itself."""
-        pairs = (
-            np.unique(np.stack([self.phrases, rows.astype(np.uint64)], 1), axis=0)[:, 0] if len(rows) else self.phrases
-        )
-        distinct, counts = np.unique(pairs, return_counts=True)
-        often = distinct[(counts >= COMMON_ROWS) & (counts > OWN_SHARE * len(self.rows))]
-        return np.isin(self.phrases, often)
+        distinct, number = np.unique(self.phrases, return_inverse=True)
+        held = np.unique(number * len(self.rows) + rows) // max(1, len(self.rows))
+        counts = np.bincount(held, minlength=len(distinct))
+        often = (counts >= COMMON_ROWS) & (counts > OWN_SHARE * len(self.rows))
+        return often[number]
 
     def contents(self, common: np.ndarray) -> np.ndarray:
         """(runs,) bool: runs with at most three words of an instruction.
@@ -263,7 +262,7 @@ class _Search:
             new = holder[first] < 0
             holder[first[new]] = row_of[starts[places[new]]]
             phrases, starts = _found(self.phrases, *flat.ngrams(PHRASE))
-            held = np.unique(np.stack([phrases, row_of[starts]], 1), axis=0)[:, 0]
+            held = np.unique(phrases * len(rows) + row_of[starts]) // len(rows)
             counts += np.bincount(held, minlength=len(counts))
         common = counts > max(COMMON_ROWS, SOURCE_SHARE * len(rows))
         for one in self.sets:

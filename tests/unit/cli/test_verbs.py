@@ -26,6 +26,7 @@ VERBS: dict[str, set[str]] = {
     "verify": {"DIR"},
     "doctor": set(),
     "data show": OVERRIDES | {"--rows", "-n"},
+    "data overlap": OVERRIDES | {"--preset", "--out"},
     "import camelidae": {"DIR", "OUT", "--adapter-dim", "--adapter-scale", "--top-k", "--rope-theta", "--base"},
     "bench": {"RUN|MODEL", "KEY=VALUE", "--recipe", "--out", "--batch", "--context", "--new-tokens", "--repeats"}
     | {"--prompts", "--rows", "--calibrate", "--seed"},

@@ -202,6 +202,8 @@ def test_interrupted(plan, capsys):
         (["export", "no-such-folder", "out"], "RUN"),
         (["report"], "Missing argument"),
         (["data", "shwo"], "shwo"),
+        (["data", "overlap"], "Missing argument"),
+        (["data", "overlap", "r.yaml", "--out", ""], "--out"),
     ],
 )
 def test_usage_faults(arguments, words, capsys):
