@@ -18,7 +18,7 @@ from sparsmith.crafting.memory_per_rank import Load, RankMemory, memory_per_rank
 from sparsmith.crafting.plan_text import plan_renderable, plan_text
 from sparsmith.errors import CheckpointError, RecipeError
 from sparsmith.methods import registry
-from sparsmith.methods.base import MethodConfig, MethodPlan, ModuleChange
+from sparsmith.methods.base import Method, MethodConfig, MethodPlan, ModuleChange
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import ModelShape
@@ -123,11 +123,7 @@ def plan(
     check_composition(configs, anatomy.task_of(hf_config))
     shape = anatomy.shape_of(hf_config)
     pairs = [(registry.of(c), c) for c in configs]
-    check_base(pairs, hf_config)
-    plans, crafted = [], hf_config
-    for method, c in pairs:  # each sees what the one before it leaves
-        plans.append(method.plan_for(c, crafted))
-        crafted = method.crafted_config(c, crafted)
+    plans, crafted = _in_turn(pairs, hf_config)
     settings = merged_settings(pairs, anatomy.shape_of(crafted))
     lora = lora_parameters_of(settings, anatomy.of(crafted), anatomy.shape_of(crafted))
     trained = _by_role(plans, lora)
@@ -172,6 +168,16 @@ def plan(
         notes=tuple(note for p in plans for note in p.notes),
         per_rank=memory_per_rank(load),
     )
+
+
+def _in_turn(pairs: Sequence[tuple[Method, MethodConfig]], config: Any) -> tuple[list[MethodPlan], Any]:
+    """(each method's plan of what the one before it leaves, the config of what the last leaves)."""
+    check_base(pairs, config)
+    plans = []
+    for method, settings in pairs:
+        plans.append(method.plan_for(settings, config))
+        config = method.crafted_config(settings, config)
+    return plans, config
 
 
 def _by_role(plans: Sequence[MethodPlan], lora: int) -> dict[str, int]:

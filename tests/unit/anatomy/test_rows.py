@@ -7,18 +7,25 @@ import pytest
 from sparsmith import anatomy
 from sparsmith.errors import UnsupportedAnatomy
 
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo")
+
 
 @pytest.mark.parametrize(
     "config",
     [
-        SimpleNamespace(model_type="mixtral", num_local_experts=8),
-        SimpleNamespace(model_type="qwen2_moe"),
+        SimpleNamespace(model_type="phimoe", num_local_experts=8),
+        SimpleNamespace(model_type="some_moe"),
         SimpleNamespace(model_type="deepseek_v3", n_routed_experts=256),
     ],
 )
 def test_mixtures_of_experts_are_refused_as_such(config):
     with pytest.raises(UnsupportedAnatomy, match=f"{config.model_type}.*mixture of experts already"):
         anatomy.of(config)
+
+
+@pytest.mark.parametrize("family", anatomy.families())
+def test_a_family_is_sparse_where_its_row_names_experts(family):
+    assert bool(anatomy.of(SimpleNamespace(model_type=family)).experts) == (family in SPARSE)
 
 
 def test_an_unknown_family_names_its_class_and_the_nearest():

@@ -57,3 +57,41 @@ def test_a_7b_on_the_meta_device():
         model = AutoModelForCausalLM.from_config(config)
     shape = anatomy.shape_of(config)
     assert shape.total_params == sum(p.numel() for p in model.parameters()) == 6_738_415_616
+
+
+SPARSE = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}),
+    "qwen2_moe, no biases": (
+        "qwen2_moe",
+        {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 0, "qkv_bias": False},
+    ),
+    "qwen2_moe, every second": ("qwen2_moe", {"num_experts": 4, "decoder_sparse_step": 2, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "mlp_only_layers": [1]}),
+    "flex_olmo": ("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 3}),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_counts_of_mixtures(name):
+    family, changes = SPARSE[name]
+    common = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        family,
+        **{**common, "num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0, "eos_token_id": 2, **changes},
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    row, shape = anatomy.of(config), anatomy.shape_of(config)
+    assert shape.total_params == sum(p.numel() for p in model.parameters())
+    sparse = shape.sparse
+    ffns = [anatomy.ffn_of(block, row) for block in anatomy.blocks(model)]
+    assert sparse.blocks == tuple(index for index, ffn in enumerate(ffns) if hasattr(ffn, row.experts))
+    mixed = [ffns[index] for index in sparse.blocks]
+    assert sparse.total_params == sum(p.numel() for ffn in mixed for p in ffn.parameters())
+    assert sparse.router_params == sum(p.numel() for ffn in mixed for p in getattr(ffn, row.router).parameters())
+    assert sparse.expert_params == sum(p.numel() for ffn in mixed for p in getattr(ffn, row.experts).parameters())
+    per_expert = sparse.expert_params // len(mixed) // sparse.experts
+    assert sparse.inactive_params == len(mixed) * per_expert * (sparse.experts - config.num_experts_per_tok)
+    assert shape.ffn_params == sum(p.numel() for i, f in enumerate(ffns) if i not in sparse.blocks for p in f.parameters())
+    assert anatomy.is_sparse(config)

@@ -47,7 +47,7 @@ def test_a_family_without_a_row():
     with pytest.raises(UnknownAnatomy, match="stablelm"):
         sm.plan(AutoConfig.for_model("stablelm"), sm.SoftConfig())
     with pytest.raises(UnsupportedAnatomy, match="mixture"):
-        sm.plan(AutoConfig.for_model("mixtral"), sm.SoftConfig())
+        sm.plan(AutoConfig.for_model("phimoe"), sm.SoftConfig())
 
 
 @pytest.mark.parametrize("exits", [(0, 4), (), (2, 2, 4), (-1, 4), (2.5, 4)])
