@@ -133,7 +133,9 @@ class Work:
         steps: int | None,
         train: tuple[Any, ...] | None = None,
     ) -> Recipe:
-        rows = {"eval": evals, **({"train": train} if train is not None else {})}
+        rows: dict[str, Any] = {"eval": evals}
+        if train is not None:
+            rows |= {"train": train, **({"mixture": None} if hasattr(self.recipe.data, "mixture") else {})}
         own = self.recipe.train.model_copy(update={"seed": seed, "steps": steps})
         model = self.recipe.model.model_copy(update={"path": base})
         return self.recipe.model_copy(
