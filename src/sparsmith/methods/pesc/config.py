@@ -6,12 +6,13 @@ Paper: PESC (arXiv 2401.02731). Defaults are the published 8-expert models' (E 8
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from sparsmith.errors import MethodError
 from sparsmith.methods.base import LoraSettings, MethodConfig
+from sparsmith.methods.block_choice import BlockChoice, block_indices
 from sparsmith.recipe.strict import Clash
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class PescConfig(MethodConfig):
     """`gelu` is the exact (erf) form."""
     adapter_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """On the experts' input, for each (token, expert) on its own. 0.1 in the released code."""
-    layers: str | tuple[int, ...] = "all"
+    layers: BlockChoice = "all"
     """`all`, `every-n` (blocks n-1, 2n-1, ...), or a list of block indices."""
     router: Literal["learned", "random", "hash", "dense"] = "learned"
     """`random`: by position; `hash`: by token id; `dense`: every expert, gate 1/E. Controls for the value of learned routing."""
@@ -61,19 +62,6 @@ class PescConfig(MethodConfig):
     parameters), `dense_lora` (the LoRA alone)."""
     lora: LoraSettings = LoraSettings()
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            step = value.removeprefix("every-")
-            if value != "all" and not (value != step and step.isdigit() and int(step) >= 1):
-                raise ValueError("layers is `all`, `every-n` with n >= 1, or a list of block indices")
-            return value
-        indices = tuple(value) if isinstance(value, (list, tuple, range)) else value
-        if not isinstance(indices, tuple) or not indices or len(set(indices)) != len(indices):
-            raise ValueError("layers as a list must name at least one block, each once")
-        return indices
-
     def clashes(self) -> Iterable[Clash]:
         yield from _size_clashes(self)
         yield from _router_clashes(self)
@@ -87,18 +75,7 @@ class PescConfig(MethodConfig):
 
     def block_indices(self, layers: int) -> tuple[int, ...]:
         """The blocks that get experts, of a model with `layers` blocks. Raises `MethodError` for one that is not there."""
-        if self.layers == "all":
-            return tuple(range(layers))
-        if isinstance(self.layers, str):
-            step = int(self.layers.removeprefix("every-"))
-            chosen = tuple(range(step - 1, layers, step))
-            if not chosen:
-                raise MethodError("pesc.layers", f"`{self.layers}`", f"n <= {layers}", "The model has fewer blocks.")
-            return chosen
-        wrong = [index for index in self.layers if not 0 <= index < layers]
-        if wrong:
-            raise MethodError("pesc.layers", str(wrong), f"indices from 0 to {layers - 1}", "Blocks count from 0.")
-        return tuple(sorted(self.layers))
+        return block_indices(self.layers, layers, "pesc.layers")
 
     @property
     def has_adapters(self) -> bool:

@@ -7,12 +7,12 @@ extension: FLAN-MoE's models were pre-trained sparse.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from sparsmith.errors import MethodError
 from sparsmith.methods.base import LoraSettings, MethodConfig
+from sparsmith.methods.block_choice import BlockChoice, block_indices
 from sparsmith.recipe.strict import Clash, StrictModel
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -116,7 +116,7 @@ class UpcycleConfig(MethodConfig):
     """E."""
     top_k: Annotated[int, Field(ge=1)] = 2
     """k, experts per token. With two a token costs more than in the dense model; the plan says by how much."""
-    layers: str | tuple[int, ...] = "all"
+    layers: BlockChoice = "all"
     """Blocks that become sparse: `all`, `every-n` (blocks n-1, 2n-1, ...), or a list of indices."""
     copy_noise: NonNegative = 0.0
     """Standard deviation of noise on the copies, relative to that of each weight matrix. Above 0 the start is another function."""
@@ -129,19 +129,6 @@ class UpcycleConfig(MethodConfig):
     allow_16bit_experts: bool = False
     """Let an NF4 base keep its experts in 16 bits: the library that packs it leaves stacked experts as they are."""
     moe: MoeSettings = MoeSettings()
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            step = value.removeprefix("every-")
-            if value != "all" and not (value != step and step.isdigit() and int(step) >= 1):
-                raise ValueError("layers is `all`, `every-n` with n >= 1, or a list of block indices")
-            return value
-        indices = tuple(value) if isinstance(value, (list, tuple, range)) else value
-        if not isinstance(indices, tuple) or not indices or len(set(indices)) != len(indices):
-            raise ValueError("layers as a list must name at least one block, each once")
-        return indices
 
     def clashes(self) -> Iterable[Clash]:
         if self.control == "dense":
@@ -184,18 +171,7 @@ class UpcycleConfig(MethodConfig):
 
     def block_indices(self, layers: int) -> tuple[int, ...]:
         """The blocks that become sparse, of a model with `layers` blocks. Raises `MethodError` for one that is not there."""
-        if self.layers == "all":
-            return tuple(range(layers))
-        if isinstance(self.layers, str):
-            step = int(self.layers.removeprefix("every-"))
-            chosen = tuple(range(step - 1, layers, step))
-            if not chosen:
-                raise MethodError("upcycle.layers", f"`{self.layers}`", f"n <= {layers}", "The model has fewer blocks.")
-            return chosen
-        wrong = [index for index in self.layers if not 0 <= index < layers]
-        if wrong:
-            raise MethodError("upcycle.layers", str(wrong), f"indices from 0 to {layers - 1}", "Blocks count from 0.")
-        return tuple(sorted(self.layers))
+        return block_indices(self.layers, layers, "upcycle.layers")
 
     @property
     def sparse(self) -> bool:
