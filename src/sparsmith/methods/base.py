@@ -9,7 +9,8 @@ Words: a *role* is a group of trained tensors with one purpose (`adapter`, `rout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -201,6 +202,11 @@ class Method:
         """
         raise NotImplementedError
 
+    def while_proven(self, model: nn.Module, config: Any) -> AbstractContextManager[None]:
+        """Around the forward by which crafting is proven to leave the function unchanged, for a model that needs training before it can be
+        evaluated."""
+        return nullcontext()
+
     def roles(self, model: nn.Module, config: Any) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trained tensors of this method by role, with their names in the crafted model."""
         raise NotImplementedError
@@ -294,6 +300,10 @@ class Method:
         """A few words for the progress bar, from the last `metrics`."""
         return ""
 
+    def warnings(self, metrics: Mapping[str, Any]) -> Mapping[str, str]:
+        """Key -> a sentence that the user must be told after the last `metrics`; of each key the first is printed."""
+        return {}
+
     def settle(self, model: nn.Module, config: Any) -> nn.Module:
         """Make soft choices hard, in place."""
         return model
@@ -364,6 +374,10 @@ class Method:
         """Dotted module names, lowest first, that a full checkpoint needs in its self-contained modelling file; empty where the
         settled model is a stock architecture."""
         return ()
+
+    def keeps_type(self, model: nn.Module, config: Any) -> Collection[str]:
+        """Of a model of a class of the method's own: names of the tensors that stay float32 when the rest is rounded."""
+        return self.state(model, config).keys()
 
     def lora(self, config: Any, shape: ModelShape | None = None) -> LoraSettings | None:
         """The LoRA that crafting must inject after every method has grafted its modules, or None. Its size may depend on the model's

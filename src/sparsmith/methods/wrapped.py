@@ -108,3 +108,20 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
         """The base's own generate, with this model's generation settings."""
         self.base.generation_config = self.generation_config
         return self.base.generate(*args, **kwargs)
+
+
+class Opener:
+    """A hook before the decoder's forward that opens a route context when the decoder is called, by whichever way (model, generate, a loss that calls the decoder alone)."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        given = ids if ids is not None else embeds
+        if given is None:
+            return
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self.context.begin(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), tuple(given.shape[:2]), past)

@@ -111,9 +111,15 @@ def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, con
         object.__setattr__(router, "context", context)
         for module in (router, experts):
             module.sparsmith_grafted = True
-        if expert_dropout:
-            experts.__class__ = _mixed(_Thinning, type(experts))
-            experts.expert_dropout = expert_dropout
+    thin(model, expert_dropout)
+
+
+def thin(model: nn.Module, expert_dropout: float) -> None:
+    """Put dropout into the experts of every sparse block, in place, where there is any."""
+    for _, ffn in sparse_blocks(model) if expert_dropout else ():
+        experts = getattr(ffn, anatomy.anatomy_of(model).experts)
+        experts.__class__ = _mixed(_Thinning, type(experts))
+        experts.expert_dropout = expert_dropout
 
 
 def ungraft(model: nn.Module) -> None:
@@ -136,5 +142,5 @@ def sparse_blocks(model: nn.Module) -> list[tuple[int, Any]]:
 
 def context_of(model: nn.Module) -> RouteContext:
     """The route context that all routers of a grafted model share."""
-    row = anatomy.anatomy_of(model)
-    return getattr(sparse_blocks(model)[0][1], row.router).context
+    row, (_, ffn) = anatomy.anatomy_of(model), sparse_blocks(model)[0]
+    return getattr(ffn if hasattr(ffn, "context") else getattr(ffn, row.router), "context")
