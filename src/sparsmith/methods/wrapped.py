@@ -35,7 +35,10 @@ class WrappedConfig(PreTrainedConfig):
             # the outer model hands its attention implementation down when it is built
             kwargs.setdefault("attn_implementation", base_config._attn_implementation)
         kwargs["tie_word_embeddings"] = False  # tying is the base's own affair
+        experts = getattr(base_config, "_experts_implementation", None)
         super().__init__(**kwargs)
+        if experts is not None:  # the outer model has none of its own, and its config has just said so to the base's
+            base_config._experts_implementation = experts
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, so that caches and generation see its layers."""
