@@ -19,15 +19,19 @@ def choosing_config(experts: int = 4, **moe: Any) -> sm.UpcycleConfig:
     return sm.UpcycleConfig(experts=experts, moe={"router": "expert_choice", **moe})
 
 
-def choosing_model(family: str = "llama", *, apart: float = 0.0, router: float = 1.0, **moe: Any) -> Any:
-    """A crafted model. `apart`: noise on the experts, relative to their size; `router`: factor on the routers' weights."""
+def choosing_model(
+    family: str = "llama", *, apart: float = 0.0, loud: float = 1.0, router: float = 1.0, **moe: Any
+) -> Any:
+    """A crafted model. `apart`: noise on the experts, relative to their size; `loud`, `router`: factors on what the experts give and on the
+    routers' weights."""
     model = sm.craft(pico_model(family), choosing_config(**moe))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for _, ffn in model.sparse_blocks():
             ffn.gate.weight.mul_(router)
             for weight in ffn.experts.parameters():
-                weight += apart * weight.std() * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+                weight += apart * weight.std() * torch.randn(weight.shape, generator=generator)
+            ffn.experts.down_proj.mul_(loud)
     return model
 
 

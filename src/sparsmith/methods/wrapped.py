@@ -114,7 +114,8 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class Opener:
-    """A hook before the decoder's forward that opens a route context when the decoder is called, by whichever way (model, generate, a loss that calls the decoder alone)."""
+    """A hook before the decoder's forward that opens a route context, by whichever way the decoder is called (model, generate, a loss
+    that calls it alone)."""
 
     def __init__(self, context: Any) -> None:
         self.context = context

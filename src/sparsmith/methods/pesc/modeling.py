@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparsmith.methods.pesc.layers import PescFFN, PescSettings
 from sparsmith.methods.wrapped import Opener, WrappedConfig, WrappedForCausalLM

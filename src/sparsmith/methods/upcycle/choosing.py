@@ -80,13 +80,14 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def thresholds_of(model: Any) -> dict[str, Tensor]:
     """Name in the crafted model -> thresholds (E,) of every sparse block."""
-    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(f".{model.settings.router}.thresholds")}
+    end = f".{model.settings.router}.thresholds"
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(end)}
 
 
 def routers_of(model: Any) -> dict[str, Tensor]:
     """Name in the crafted model -> the router's weight."""
-    return {name.removesuffix("thresholds") + "weight": model.get_parameter(name.removesuffix("thresholds") + "weight")
-            for name in thresholds_of(model)}
+    names = [name.removesuffix("thresholds") + "weight" for name in thresholds_of(model)]
+    return {name: model.get_parameter(name) for name in names}
 
 
 def seeing_ahead(model: nn.Module) -> AbstractContextManager[None]:

@@ -143,4 +143,4 @@ def sparse_blocks(model: nn.Module) -> list[tuple[int, Any]]:
 def context_of(model: nn.Module) -> RouteContext:
     """The route context that all routers of a grafted model share."""
     row, (_, ffn) = anatomy.anatomy_of(model), sparse_blocks(model)[0]
-    return getattr(ffn if hasattr(ffn, "context") else getattr(ffn, row.router), "context")
+    return (ffn if hasattr(ffn, "context") else getattr(ffn, row.router)).context

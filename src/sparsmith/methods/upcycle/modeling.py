@@ -55,10 +55,10 @@ class SparsmithEcForCausalLM(WrappedForCausalLM):
 
     def initialize_weights(self) -> None:
         """Thresholds that no checkpoint holds are unfitted, so that evaluation refuses them."""
-        for module in self.modules():
-            if isinstance(module, ChoiceRouter) and not module.thresholds.is_meta:
-                if not self._handed_in and not getattr(module.thresholds, "_is_hf_initialized", False):
-                    module.thresholds.fill_(UNFITTED)
+        routers = [] if self._handed_in else [module for module in self.modules() if isinstance(module, ChoiceRouter)]
+        for router in routers:
+            if not router.thresholds.is_meta and not getattr(router.thresholds, "_is_hf_initialized", False):
+                router.thresholds.fill_(UNFITTED)
         super().initialize_weights()
 
     def _set_gradient_checkpointing(  # type: ignore[override]

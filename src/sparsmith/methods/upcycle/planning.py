@@ -81,9 +81,9 @@ def _notes(config: UpcycleConfig, before: anatomy.ModelShape, after: anatomy.Mod
     if config.choosing:
         how = config.moe.ec.train_select
         notes.append(
-            f"expert choice: a token takes {sparse.top_k:g} experts on average (moe.ec.capacity_factor), some none of its own and then one; "
-            f"active parameters and FLOPs are of that mean. Training chooses by {how}, evaluation by thresholds that are fitted meanwhile; "
-            "the export has the model type sparsmith_ec and its own code, as no stock architecture computes it"
+            f"expert choice: {sparse.top_k:g} experts take a token on average (moe.ec.capacity_factor), and active parameters and FLOPs "
+            f"are of that mean; a token that none takes has its most probable one. Training chooses by {how}, evaluation by thresholds "
+            "that are fitted meanwhile; the export has the model type sparsmith_ec and its own code, as no stock architecture computes it"
         )
     if config.copy_noise:
         notes.append(

@@ -38,7 +38,9 @@ def padded_batch():
 @pytest.mark.parametrize("family", DONORS)
 def test_blocks_equal_a_loop(family, how):
     select = "top_c" if how == "evaluation" else how
-    model = fitted(choosing_model(family, apart=1.0, router=40.0, ec={"train_select": select}, experts_impl="eager").double())
+    model = fitted(
+        choosing_model(family, apart=1.0, router=40.0, ec={"train_select": select}, experts_impl="eager").double()
+    )
     batch = padded_batch()
     model.train(how != "evaluation")
     mask, several, none = batch["attention_mask"].bool(), 0, 0
@@ -128,9 +130,14 @@ def test_generation_with_a_cache_equals_the_full_forward():
     ids, mask = pico_ids(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0  # padding on the left
     made = model.generate(
-        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, output_logits=True,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
     steps = torch.stack(made.logits, dim=1)
     whole_mask = torch.cat([mask, torch.ones(2, 12, dtype=torch.long)], dim=1)
     positions = (whole_mask.cumsum(-1) - 1).clamp(min=0)
@@ -156,7 +163,7 @@ def test_gradient_checkpointing_chooses_once(select):
     """The second forward of a block chooses as the first did, and counts and thresholds take in each batch once."""
     plain = choosing_model(apart=1.0, router=40.0, ec={"train_select": select, "ema": 0.5})
     again = copy.deepcopy(plain)
-    again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     ids = pico_ids(3, 16)
     for model in (plain, again):
         for seed in range(3):
