@@ -32,6 +32,7 @@ KINDS = {
     errors.TargetUnreachable: 6,
     errors.LayoutMismatch: 6,
     errors.ScheduleTooShort: 6,
+    errors.NonCausalRouter: 6,
     errors.CheckpointError: 7,
     errors.CheckpointMismatch: 7,
     errors.ProofError: 8,

@@ -12,6 +12,10 @@ from tests.kit.choice import DONORS, choosing_model, fitted, naive_block, naive_
 from tests.kit.pico import pico_ids, pico_model
 
 
+# experts that differ, are heard, and share tokens: what another token's choice changes shows in the logits
+LEAKY = {"apart": 3.0, "loud": 5.0, "router": 5.0}
+
+
 def inputs_of_blocks(model, **batch):
     """The FFNs' inputs and outputs of one forward."""
     seen = {}
@@ -39,7 +43,9 @@ def padded_batch():
 def test_blocks_equal_a_loop(family, how):
     select = "top_c" if how == "evaluation" else how
     model = fitted(
-        choosing_model(family, apart=1.0, router=40.0, ec={"train_select": select}, experts_impl="eager").double()
+        choosing_model(
+            family, apart=1.0, router=40.0, ec={"train_select": select, "capacity_factor": 1.0}, experts_impl="eager"
+        ).double()
     )
     batch = padded_batch()
     model.train(how != "evaluation")
@@ -50,7 +56,7 @@ def test_blocks_equal_a_loop(family, how):
         ffn = blocks[index]
         p = (x.reshape(-1, x.shape[-1]) @ ffn.gate.weight.t()).softmax(dim=-1).detach()
         if how == "top_c":
-            takers = naive_takers(p, mask, 2.0)
+            takers = naive_takers(p, mask, 1.0)
         else:
             takers = [{e for e in range(4) if row[e] >= thresholds[index][e]} for row in p]
         assert (out - naive_block(ffn, x, takers, p).detach()).abs().max() <= 1e-12
@@ -95,7 +101,7 @@ def moved_before(model, place=20, length=32):
 
 @pytest.mark.parametrize("family", DONORS)
 def test_evaluation_sees_no_later_token_and_the_test_can_see_a_leak(family):
-    model = fitted(choosing_model(family, apart=3.0, router=100.0))
+    model = fitted(choosing_model(family, **LEAKY))
     assert moved_before(model) <= 1e-5
     with seeing_ahead(model):
         assert moved_before(model) > 0.1
@@ -103,10 +109,10 @@ def test_evaluation_sees_no_later_token_and_the_test_can_see_a_leak(family):
 
 
 def test_threshold_training_is_causal_once_fitted():
-    model = fitted(choosing_model(apart=3.0, router=100.0, ec={"train_select": "threshold"})).train()
+    model = fitted(choosing_model(**LEAKY, ec={"train_select": "threshold"})).train()
     model.route_context.begin = lambda *a, **k: None  # hold the thresholds still between the two forwards
     assert moved_before(model) <= 1e-5
-    assert moved_before(fitted(choosing_model(apart=3.0, router=100.0)).train()) > 0.1
+    assert moved_before(fitted(choosing_model(**LEAKY)).train()) > 0.1
 
 
 def test_without_thresholds_evaluation_is_refused(tmp_path):
@@ -126,7 +132,7 @@ def test_without_thresholds_evaluation_is_refused(tmp_path):
 
 
 def test_generation_with_a_cache_equals_the_full_forward():
-    model = fitted(choosing_model(apart=3.0, router=100.0))
+    model = fitted(choosing_model(**LEAKY))
     ids, mask = pico_ids(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0  # padding on the left
     made = model.generate(
