@@ -14,21 +14,24 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic of the paper: fast, and
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest matrix with singular values about 1, by Newton-Schulz iteration; same shape as the (m, n) input."""
+    """The nearest matrix with singular values about 1, by Newton-Schulz iteration; (.., m, n), each matrix of a stack alone."""
     a, b, c = _COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrix else x.T
+    return x if wide is matrix else x.mT
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; decoupled weight decay. Only for 2-D weights that are not embeddings."""
+    """Momentum, orthogonalised; decoupled weight decay. For matrices that are not embeddings, and stacks (E, m, n) of them.
+
+    A group with `parts` = p holds weights that are p matrices of equal size laid one under the other (a fused projection).
+    """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -39,7 +42,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[weight]
                 buffer = state.setdefault("momentum", torch.zeros_like(weight))
                 buffer.lerp_(weight.grad, 1 - group["momentum"])
-                update = orthogonalise(weight.grad.lerp(buffer, group["momentum"]))  # Nesterov
-                scale = 0.2 * max(weight.shape) ** 0.5  # root mean square 0.2, as AdamW's usual update
+                ahead = weight.grad.lerp(buffer, group["momentum"])  # Nesterov
+                matrices = ahead.unflatten(-2, (group["parts"], -1)) if group["parts"] > 1 else ahead
+                scale = 0.2 * max(matrices.shape[-2:]) ** 0.5  # root mean square 0.2, as AdamW's usual update
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * scale)
+                weight.add_(orthogonalise(matrices).reshape(weight.shape), alpha=-group["lr"] * scale)

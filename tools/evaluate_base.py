@@ -18,7 +18,8 @@ import base_card
 import base_data
 import numpy as np
 import torch
-from train_base import DEFAULT_DATA, bits_per_char
+from base_loop import bits_per_char
+from train_base import DEFAULT_DATA
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,6 +27,7 @@ _HOMES = {
     "evaluate": "sparsmith.evaluating",
     "load_recipe": "sparsmith.app",
     "tune": "sparsmith.app",
+    "data_overlap": "sparsmith.app",
     "PescConfig": "sparsmith.methods.pesc.config",
     "UpcycleConfig": "sparsmith.methods.upcycle.config",
     "FineGatesConfig": "sparsmith.methods.finegates.config",

@@ -11,7 +11,7 @@ width zero; that says nothing about rows not seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,12 +150,32 @@ def paired_differences(
 
     An interval that leaves out 0 says that the difference is more than the choice of rows.
     """
+    return contrast([(-1, first), (1, second)], domain_of, seed=seed, resamples=resamples)
+
+
+def contrast(
+    parts: Sequence[tuple[int, SetScores]], domain_of: Mapping[str, str], *, seed: int, resamples: int = RESAMPLES
+) -> Summary:
+    """The signed sum of several systems' figures, each measured on the same rows, as (B after - B before) - (A after - A before).
+
+    Every set and metric that all of them measured on the same number of rows; a resample draws the same rows for all.
+    """
+    (_, first), *others = parts
     shared = {
-        name: [m for m in metrics if m in second[name] and len(second[name][m].total) == len(metrics[m].total)]
+        name: [m for m, rows in metrics.items() if all(_same(other.get(name, {}).get(m), rows) for _, other in others)]
         for name, metrics in first.items()
-        if name in second
     }
-    ours = {name: {m: first[name][m] for m in metrics} for name, metrics in shared.items() if metrics}
-    theirs = {name: {m: second[name][m] for m in metrics} for name, metrics in shared.items() if metrics}
-    pairs = zip(_ratios(ours, domain_of, seed, resamples), _ratios(theirs, domain_of, seed, resamples), strict=True)
-    return _collect((level, name, metric, b - a, n) for (level, name, metric, a, n), (*_, b, _) in pairs)
+    kept = [
+        (sign, {name: {m: scores[name][m] for m in metrics} for name, metrics in shared.items() if metrics})
+        for sign, scores in parts
+    ]
+    runs = [_ratios(scores, domain_of, seed, resamples) for _, scores in kept]
+    signs = [sign for sign, _ in kept]
+    return _collect(
+        (*one[0][:3], sum(sign * ratio for sign, (*_, ratio, _) in zip(signs, one)), one[0][4])
+        for one in zip(*runs, strict=True)
+    )
+
+
+def _same(other: RowScores | None, rows: RowScores) -> bool:
+    return other is not None and len(other.total) == len(rows.total)

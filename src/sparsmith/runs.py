@@ -58,6 +58,11 @@ class RunFolder:
         return self.root / "eval.json"
 
     @property
+    def overlap(self) -> Path:
+        """Where evaluation sets and training rows meet; only where `sparsmith data overlap --out` was asked to write it here."""
+        return self.root / "overlap.json"
+
+    @property
     def samples(self) -> Path:
         return self.root / "samples.json"
 

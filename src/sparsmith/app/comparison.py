@@ -97,6 +97,15 @@ def _finegates(asked: Asked) -> Any:
     return compare(loaded, named, choices, Path(loaded.output).absolute(), _Cells(asked.console).tune_or_read)
 
 
+def _flan_moe(asked: Asked) -> Any:
+    from sparsmith.app.staging import settle_once
+    from sparsmith.protocols.flan_moe import compare
+
+    loaded = single_recipe(asked.recipe, asked.overrides, what=_ONE)
+    cells = _Cells(asked.console)
+    return compare(loaded, _seeds(asked), Path(loaded.output).absolute(), cells.tune_or_read, settle_once)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """One row of the table below."""
@@ -108,6 +117,7 @@ class Protocol:
 
 PROTOCOLS = {
     "finegates": Protocol(_finegates, ("seeds", "arms", "named", "targets")),
+    "flan-moe": Protocol(_flan_moe, ("seeds",)),
     "pesc": Protocol(_pesc, ("seeds", "controls")),
     "soft": Protocol(_soft, ("seeds", "arms", "named", "ict_share", "extracted_steps", "verdicts")),
 }
@@ -134,7 +144,8 @@ class _Cells:
     def tune(self, recipe: Recipe, label: str) -> Path:
         from sparsmith.app.tuning import tune
 
-        return tune(recipe, console=self.console, label=label, baseline=self.baselines[recipe.model.path])
+        baseline = self.baselines[_measured(recipe)]
+        return tune(recipe, console=self.console, label=label, baseline=baseline)
 
     def tune_or_read(self, recipe: Recipe, label: str) -> Path:
         """The run's folder; a finished run of the same recipe is left as it is. A failed guard is a result like any other."""
@@ -163,7 +174,7 @@ class _Cells:
         else:
             result = self._measure(recipe, depths)
             write_json(file, {"settings": settings, "depths": result.to_json()})
-        self.baselines[recipe.model.path].result = result.full
+        self.baselines[_measured(recipe)].result = result.full
         return result
 
     def _measure(self, recipe: Recipe, depths: Sequence[int]) -> Any:
@@ -175,6 +186,11 @@ class _Cells:
         data = load_data(recipe.data, tokenizer, seed=seed, rows_needed=0)
         base = load_base(recipe.model)
         return evaluate_depths(base, tokenizer, data.eval, depths=depths, seed=seed, domains=data.domains)
+
+
+def _measured(recipe: Recipe) -> str:
+    """What a measurement of the base is of: the base and its evaluation rows."""
+    return "|".join([recipe.model.path, *(source.model_dump_json() for source in recipe.data.eval)])
 
 
 def _named(asked: Asked, text: str) -> tuple[str, Recipe]:

@@ -54,6 +54,7 @@ def of_run(run: RunFolder) -> dict[str, Any]:
         "recipe": run.recipe.read_text(encoding="utf-8"),
         "proof": run.read(run.proof),
         "plan": run.read(run.plan),
+        "data": run.read(run.data),
     }
 
 

@@ -174,10 +174,7 @@ def _refuse_failed_guard(run: RunFolder) -> None:
 def _settle(stage: _Stage, plan: StagesPlan, index: int) -> None:
     """Make the full checkpoint that the next stage starts from, once, and hold it against the plan."""
     if ranks.is_first():
-        if not durable.has_manifest(stage.run.settled):
-            durable.clean_leftovers(stage.run.root)
-            _export(stage)
-        durable.verify_folder(stage.run.settled)
+        settle_once(stage.recipe, stage.run)
         _check_shape(stage.run, plan, index)
         record = durable.read_json(stage.run.settled / "proof.json")
         proof = stage.run.read(stage.run.proof) or {}
@@ -189,8 +186,17 @@ def _settle(stage: _Stage, plan: StagesPlan, index: int) -> None:
     ranks.wait()
 
 
-def _export(stage: _Stage) -> None:
-    """From the saved delta, on the CPU and with the run's own number of threads, so that a later process makes the same bits."""
+def settle_once(recipe: Recipe, run: RunFolder) -> Path:
+    """The full checkpoint of a finished run, made from the saved delta where it is not there yet; whole in any case."""
+    if not durable.has_manifest(run.settled):
+        durable.clean_leftovers(run.root)
+        _export(recipe, run)
+    durable.verify_folder(run.settled)
+    return run.settled
+
+
+def _export(recipe: Recipe, run: RunFolder) -> None:
+    """On the CPU and with the run's own number of threads, so that a later process makes the same bits."""
     import torch
     from transformers.utils import logging
 
@@ -199,10 +205,10 @@ def _export(stage: _Stage) -> None:
     from sparsmith.exporting import export
 
     logging.disable_progress_bar()
-    if stage.recipe.train.threads:
-        torch.set_num_threads(stage.recipe.train.threads)
-    tokenizer = load_tokenizer(stage.recipe.model)
-    export(load(stage.run.model), stage.run.settled, tokenizer=tokenizer, facts=of_run(stage.run))
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    tokenizer = load_tokenizer(recipe.model)
+    export(load(run.model), run.settled, tokenizer=tokenizer, facts=of_run(run))
 
 
 def _check_shape(run: RunFolder, plan: StagesPlan, index: int) -> None:

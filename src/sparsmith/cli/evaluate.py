@@ -24,4 +24,4 @@ def evaluate(
         raise UsageError("KEY=VALUE", f"`{overrides[0]}`", "--recipe, which it changes", "Add --recipe RECIPE.")
     from sparsmith import app
 
-    SCREEN.show(app.evaluate(target, recipe, overrides or (), seed=seed))
+    SCREEN.show(app.evaluate_apart(target, recipe, overrides or (), seed=seed))

@@ -13,7 +13,7 @@ Names = str | None
 
 
 def protocol(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The comparison: pesc, finegates or soft.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The comparison: flan-moe, finegates, pesc or soft.")],
     recipe: RecipeFile,
     overrides: Overrides = None,
     seeds: Annotated[Names, typer.Option(help="Whole numbers, comma-separated; absent = 0,1,2.")] = None,

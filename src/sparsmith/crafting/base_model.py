@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,7 +249,9 @@ def open_strictly(opener: Any, path: str | Path, **options: Any) -> tuple[Any, d
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return opener.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # an empty shared expert
+            return opener.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     finally:
         logging.set_verbosity(level)
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sparsmith.data.collate_classes import ClassCollator
     from sparsmith.data.evalsets import EvalRow, EvalSet
     from sparsmith.data.load import LoadedData, load_data, render_prompt
+    from sparsmith.data.overlap_report import OverlapReport
+    from sparsmith.data.overlap_search import find_overlap
     from sparsmith.data.sources import RowSet, read_rows
     from sparsmith.data.view import DataView, show
 
@@ -24,6 +26,8 @@ _HOMES = {
     "EvalSet": "evalsets",
     "LoadedData": "load",
     "load_data": "load",
+    "OverlapReport": "overlap_report",
+    "find_overlap": "overlap_search",
     "RowSet": "sources",
     "read_rows": "sources",
     "render_prompt": "load",
@@ -38,7 +42,9 @@ __all__ = [
     "EvalRow",
     "EvalSet",
     "LoadedData",
+    "OverlapReport",
     "RowSet",
+    "find_overlap",
     "load_data",
     "read_rows",
     "render_prompt",

@@ -158,6 +158,10 @@ def load_data(
     sets = [prepare(source, source.domain, settings, encoder, base_dir, seed, cache_dir) for source in sources]
     held_out = {s.name: load_eval(s, domains.index(s.domain), settings, encoder, base_dir) for s in settings.eval}
 
+    for source, record in [(s, one.counts) for s, one in zip(sources, sets)] + [
+        (one.source, one.counts) for one in held_out.values()
+    ]:
+        record |= {key: value for key in ("family", "licence") if (value := getattr(source, key)) is not None}
     selection = cut_selection(sets, select, seed, domains) if select is not None and sets else {}
     train = _stream(settings, sets, domains, seed, rows_needed, epochs)
     bad = {one.name: one.rejects for one in sets if one.rejects}

@@ -132,7 +132,7 @@ def prepare(
     key = cache.key_of(
         FORMAT_VERSION,
         opened.fingerprints,
-        source.model_dump(mode="json", exclude={"path", "domain", "rate", "cap", "on_bad_row"}),
+        source.model_dump(mode="json", exclude={"path", "domain", "rate", "cap", "on_bad_row", "family", "licence"}),
         seed if source.limit else None,
         tokenizer_hash(encoder.tokenizer),
         settings.template,

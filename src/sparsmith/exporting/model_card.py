@@ -45,6 +45,8 @@ def model_card(model: PreTrainedModel, report: ExportReport, facts: dict[str, An
         parts.insert(4, "## What was removed\n\n" + _removed(report))
     if report.settle:
         parts.append("## Merge\n\n" + _merge(report.settle))
+    if facts.get("data"):
+        parts.append("## Data\n\n" + _data(facts["data"]["counts"]))
     if facts.get("run"):
         parts.append("## Run\n\n" + _table(("", ""), _flat(facts["run"])))
     if facts.get("recipe"):
@@ -156,6 +158,22 @@ def _merge(settle: dict[str, Any]) -> str:
             rows.append((f"{label}: largest logit difference", _shown(settle[key]["max_logit_difference"])))
             rows.append((f"{label}: mean KL, nats per token", _shown(settle[key]["mean_kl"])))
     return _table(("", ""), rows)
+
+
+def _data(counts: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A line per source; families and licences as the recipe names them."""
+    rows = [
+        (
+            name,
+            use,
+            str(record["domain"]),
+            f"{record['kept']:,}",
+            *(str(record.get(key, "-")) for key in ("family", "licence")),
+        )
+        for use, sources in counts.items()
+        for name, record in sources.items()
+    ]
+    return _table(("source", "use", "domain", "rows", "family", "licence"), rows)
 
 
 def _flat(data: Any, path: str = "") -> list[tuple[str, str]]:

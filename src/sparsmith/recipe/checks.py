@@ -28,7 +28,7 @@ def check(tree: Tree, base_dir: Path, check_paths: bool, splits: Splits | None =
     _eval_every(tree)
     if check_paths:
         _model_path(tree, base_dir)
-        for keys, source in _sources(tree):
+        for keys, source in (*_sources(tree), *_protocol_sources(tree)):
             _source_path(tree, keys, source, base_dir)
         _output(tree, base_dir)
 
@@ -39,6 +39,22 @@ def _sources(tree: Tree, groups: tuple[str, ...] = ("train", "eval")) -> Iterato
         for index, source in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(source, dict):
                 yield ("data", group, index), source
+
+
+def _protocol_sources(tree: Tree) -> Iterator[tuple[Keys, dict[str, Any]]]:
+    """Those of single tasks and of continued pre-training."""
+    tasks = tree.get(("protocol", "tasks"))
+    for index, task in enumerate(tasks if isinstance(tasks, list) else []):
+        for side in ("train", "eval"):
+            if isinstance(task, dict) and isinstance(task.get(side), dict):
+                yield ("protocol", "tasks", index, side), task[side]
+    sides = tree.get(("protocol", "sides"))
+    for name, side in (sides if isinstance(sides, dict) else {}).items():
+        start = side.get("start") if isinstance(side, dict) else None
+        rows = start.get("train") if isinstance(start, dict) else None
+        for index, source in enumerate(rows if isinstance(rows, list) else []):
+            if isinstance(source, dict):
+                yield ("protocol", "sides", name, "start", "train", index), source
 
 
 def _unique_names(tree: Tree) -> None:
@@ -55,7 +71,7 @@ def _unique_names(tree: Tree) -> None:
 
 def _no_leak(tree: Tree, splits: Splits) -> None:
     """A file that is split by `heldout` anywhere must be split in the same way everywhere."""
-    for keys, source in _sources(tree):
+    for keys, source in (*_sources(tree), *_protocol_sources(tree)):
         path, share = source.get("path"), source.get("heldout", 0.0)
         if not isinstance(path, str) or not isinstance(share, int | float):
             continue

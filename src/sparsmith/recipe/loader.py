@@ -17,6 +17,7 @@ from sparsmith.errors import RecipeError, RecipeErrors, SparsmithError
 from sparsmith.recipe.checks import Splits, check
 from sparsmith.recipe.faults import report
 from sparsmith.recipe.overrides import apply_overrides
+from sparsmith.recipe.protocol import ProtocolSettings
 from sparsmith.recipe.schema import Recipe
 from sparsmith.recipe.stage_trees import load_stages
 from sparsmith.recipe.staged import Outline, StagedRecipe, StageOutline
@@ -173,7 +174,8 @@ def _recipe_class(methods: tuple[tuple[str, type[StrictModel]], ...]) -> type[Ba
 
     entries = tuple[AnyMethod, ...]
     inherited = Recipe.model_fields["methods"]
-    return create_model("RecipeOfMethods", __base__=Recipe, methods=(entries, inherited))
+    protocol: Any = (ProtocolSettings | None, Recipe.model_fields["protocol"])
+    return create_model("RecipeOfMethods", __base__=Recipe, methods=(entries, inherited), protocol=protocol)
 
 
 def _plain(value: Any) -> Any:

@@ -60,8 +60,23 @@ def with_absolute_paths(recipe: RecipeT, base_dir: Path) -> RecipeT:
         sides = {"train": tuple(map(moved, part.data.train)), "eval": tuple(map(moved, part.data.eval))}
         return {"data": part.data.model_copy(update=sides)}
 
+    def with_protocol(settings):
+        if settings is None:
+            return None
+        tasks = tuple(
+            task.model_copy(update={"train": moved(task.train), "eval": moved(task.eval)}) for task in settings.tasks
+        )
+        sides = {name: side.model_copy(update=with_side(side)) for name, side in settings.sides.items()}
+        return settings.model_copy(update={"tasks": tasks, "sides": sides})
+
+    def with_side(side):
+        found = {} if side.path is None else {"path": absolute(side.path, base_dir)}
+        if side.start is not None:
+            found["start"] = side.start.model_copy(update={"train": tuple(map(moved, side.start.train))})
+        return found
+
     update = {"model": recipe.model.model_copy(update={"path": absolute(recipe.model.path, base_dir)})}
     if isinstance(recipe, StagedRecipe):
         stages = tuple(stage.model_copy(update=with_data(stage)) for stage in recipe.stages)
         return recipe.model_copy(update={**update, "stages": stages})
-    return recipe.model_copy(update={**update, **with_data(recipe)})
+    return recipe.model_copy(update={**update, **with_data(recipe), "protocol": with_protocol(recipe.protocol)})

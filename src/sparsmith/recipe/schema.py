@@ -80,6 +80,11 @@ class Source(StrictModel):
     labels: tuple[str | bool, ...] | None = None
     """With task seq_cls: the names of the classes as this source's completions write them, in the order of their numbers; absent = the
     completions are the numbers, from 0. The first training source that has them names the classes of the model."""
+    family: Text | None = None
+    """The data set that the rows come from, whatever their form (`gsm8k`), or a mixture of them (`p3`, `niv2`, `flan2022`): what is
+    evaluated on a family that is trained on counts as seen. Default: looked up by `name`."""
+    licence: Text | None = None
+    """Licence of the rows; told in the report and the model card."""
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -289,3 +294,5 @@ class Recipe(StrictModel):
     output: Text
     """The run's folder; relative to the working folder."""
     proof: ProofSettings = ProofSettings()
+    protocol: SerializeAsAny[StrictModel] | None = None
+    """Sides and tasks of `sparsmith protocol flan-moe` (`recipe/protocol.py`); the other verbs pass over it."""

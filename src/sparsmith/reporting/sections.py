@@ -165,14 +165,14 @@ def data_table(run: Run) -> dict[str, Any] | None:
     heads = [
         key for key in heads if key in ("read", "kept", "share") or any(figures.get(key) for *_, figures in sources)
     ]
+    told = ["domain", *(key for key in ("family", "licence") if any(figures.get(key) for *_, figures in sources))]
     rows = [
-        (name, part, str(figures.get("domain", "")), *(_count(key, figures.get(key)) for key in heads))
+        (name, part, *(str(figures.get(key, "")) for key in told), *(_count(key, figures.get(key)) for key in heads))
         for part, name, figures in sources
     ]
     words = {"share": "share of stream", "trained_tokens": "answer tokens"}
-    return _table(
-        "Sources", ("source", "use", "domain", *(words.get(key, key.replace("_", " ")) for key in heads)), rows, left=3
-    )
+    shown = (words.get(key, key.replace("_", " ")) for key in heads)
+    return _table("Sources", ("source", "use", *told, *shown), rows, left=2 + len(told))
 
 
 def _count(key: str, value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -42,5 +43,6 @@ def _empty(made: Any, like: torch.Tensor) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with torch.device(like.device), no_init_weights():
+    with torch.device(like.device), no_init_weights(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # an empty shared expert
         return AutoModelForCausalLM.from_config(made, dtype=like.dtype, attn_implementation=made._attn_implementation)

@@ -202,7 +202,7 @@ class ExpertChoice(nn.Module):
 
 
 @cache
-def _choosing(mixin: type, family: type) -> type:
+def _choosing(mixin: Any, family: Any) -> type:
     return type(f"{mixin.__name__}{family.__name__}", (mixin, family), {"__module__": __name__})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class _Thinning(nn.Module):
 
 
 @cache
-def _mixed(mixin: type, family: type) -> type:
+def _mixed(mixin: Any, family: Any) -> type:
     return type(f"{mixin.__name__.strip('_')}{family.__name__}", (mixin, family), {"__module__": __name__})
 
 
@@ -106,7 +106,7 @@ def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, con
     for index, ffn in sparse_blocks(model):
         row = anatomy.anatomy_of(model)
         router, experts = getattr(ffn, row.router), getattr(ffn, row.experts)
-        router.__class__ = _mixed(_Routed, type(router))
+        router.__class__ = _mixed(_Routed, cast(Any, type(router)))
         router.settings, router.block = settings, index
         object.__setattr__(router, "context", context)
         for module in (router, experts):
@@ -118,7 +118,7 @@ def thin(model: nn.Module, expert_dropout: float) -> None:
     """Put dropout into the experts of every sparse block, in place, where there is any."""
     for _, ffn in sparse_blocks(model) if expert_dropout else ():
         experts = getattr(ffn, anatomy.anatomy_of(model).experts)
-        experts.__class__ = _mixed(_Thinning, type(experts))
+        experts.__class__ = _mixed(_Thinning, cast(Any, type(experts)))
         experts.expert_dropout = expert_dropout
 
 

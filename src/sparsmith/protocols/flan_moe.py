@@ -1,0 +1,256 @@
+"""Does a mixture of experts gain more from instruction tuning than its dense twin? FLAN-MoE's three setups on your own checkpoint.
+
+Paper: FLAN-MoE (arXiv 2305.14705) compares models that were pre-trained sparse with FLOP-matched dense ones: below them when tuned on a
+task directly, above when instruction-tuned first. Here sides are named in the recipe (`protocol:`): the base tuned dense, its upcycled
+mixture (an extension of ours), models that were pre-trained sparse. The question is answered as a difference of differences, paired by row
+within each seed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsmith.bootstrap import Figure, contrast
+from sparsmith.durable import write_json, write_text
+from sparsmith.errors import MethodError, UsageError
+from sparsmith.evaluating import EvalResult
+from sparsmith.methods.upcycle.config import UpcycleConfig
+from sparsmith.protocols.cells import spread
+from sparsmith.protocols.flan_moe_cells import Settle, SetupCell, Tune, Work
+from sparsmith.recipe.protocol import ProtocolSettings
+from sparsmith.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+METRICS = ("loss", "rank", "rank_margin", "exact_match")
+SETUPS = {1: "tuned on the task", 2: "instruction-tuned, then asked", 3: "instruction-tuned, then on the task"}
+
+
+@dataclass(frozen=True)
+class FlanMoeComparison:
+    """All cells of the protocol."""
+
+    settings: ProtocolSettings
+    cells: tuple[SetupCell, ...]
+    flops: dict[str, int]
+    """Side -> training FLOPs per token."""
+    heldout: tuple[str, ...]
+    """Names of the evaluation sets that no task is tuned on."""
+
+    @cached_property
+    def sides(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.side for cell in self.cells))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(cell.seed for cell in self.cells))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.settings.tasks)
+
+    @property
+    def eval_of(self) -> dict[str, str]:
+        """Task -> its evaluation set."""
+        return {task.name: task.eval.name for task in self.settings.tasks}
+
+    def at(self, side: str, setup: int, task: str = "") -> list[SetupCell]:
+        return [cell for cell in self.cells if (cell.side, cell.setup, cell.task) == (side, setup, task)]
+
+    def value(self, side: str, setup: int, name: str, metric: str = "loss") -> tuple[float, float | None] | None:
+        """Mean over seeds and their spread of a metric on a task's rows, or on a held-out set's (setups 0 and 2); setup -1 is the base."""
+        values = [one.sets[name][metric].value for one in self._results(side, setup, name) if metric in one.sets[name]]
+        return (statistics.fmean(values), spread(values)) if values else None
+
+    def _results(self, side: str, setup: int, name: str) -> list[EvalResult]:
+        task = next((task for task, held in self.eval_of.items() if held == name), "")
+        if setup == -1:
+            cells = self.at(side, 2) or self.at(side, 1, task)
+            return [EvalResult.from_json(cell.base) for cell in cells]
+        cells = self.at(side, setup, task if setup in (1, 3) else "")
+        return [cell.cell.result for cell in cells]
+
+    def rows(self, side: str, setup: int, names: Sequence[str]) -> dict[str, Any]:
+        """`seed:set` -> metric -> rows, of the sets in `names`; setup -1 is the base."""
+        found: dict[str, Any] = {}
+        for name in names:
+            task = next((task for task, held in self.eval_of.items() if held == name), "")
+            cells = self.at(side, setup, task) if setup in (1, 3) else self.at(side, max(setup, 2))
+            for cell in cells:
+                result = EvalResult.from_json(cell.base) if setup == -1 else cell.cell.result
+                if name in result.rows:
+                    found[f"{cell.seed}:{name}"] = {m: r for m, r in result.rows[name].items() if m in METRICS}
+        return found
+
+    def contrast_of(self, parts: Sequence[tuple[int, str, int]], names: Sequence[str], metric: str) -> Figure | None:
+        """The signed sum over (sign, side, setup), rows paired within each seed; the mean over the sets."""
+        scores = [(sign, self.rows(side, setup, names)) for sign, side, setup in parts]
+        shared = set.intersection(*(set(rows) for _, rows in scores)) if scores else set()
+        kept = [(sign, {key: rows[key] for key in sorted(shared)}) for sign, rows in scores]
+        if not shared:
+            return None
+        domain_of = {key: key.split(":", 1)[1] for key in shared}
+        return contrast(kept, domain_of, seed=0).overall.get(metric)
+
+    def gains(self) -> list[dict[str, Any]]:
+        """Of every pair: sparse minus dense in each setup, and whether instruction tuning brings the sparse side more."""
+        found, tasks = [], tuple(self.eval_of.values())
+        for dense, sparse in self.settings.pairs:
+            for metric in METRICS:
+                rows: dict[str, Figure | None] = {}
+                for setup in self.settings.setups:
+                    names = self.heldout if setup == 2 else tasks
+                    rows[f"setup {setup}"] = self.contrast_of([(1, sparse, setup), (-1, dense, setup)], names, metric)
+                more_3 = [(1, sparse, 3), (-1, sparse, 1), (-1, dense, 3), (1, dense, 1)]
+                more_2 = [(1, sparse, 2), (-1, sparse, -1), (-1, dense, 2), (1, dense, -1)]
+                rows["gain: 3 over 1"] = self.contrast_of(more_3, tasks, metric)
+                rows["gain: 2 over the base"] = self.contrast_of(more_2, self.heldout, metric)
+                told = {name: figure.as_dict() for name, figure in rows.items() if figure is not None}
+                if told:
+                    found.append({"dense": dense, "sparse": sparse, "metric": metric, "figures": told})
+        return found
+
+    def table(self) -> list[dict[str, Any]]:
+        """One record per side, setup and evaluation set."""
+        from sparsmith.evaluating.normalised import normalised
+
+        found = []
+        chances = {task.eval.name: task.chance for task in self.settings.tasks}
+        for side in self.sides:
+            for setup in (-1, *self.settings.setups):
+                names = (*self.heldout, *self.eval_of.values()) if setup in (-1, 2) else tuple(self.eval_of.values())
+                for name in names:
+                    metrics = {metric: self.value(side, setup, name, metric) for metric in METRICS}
+                    told = {metric: {"value": v[0], "sd": v[1]} for metric, v in metrics.items() if v is not None}
+                    if not told:
+                        continue
+                    chance, rank = chances.get(name), told.get("rank")
+                    if chance is not None and rank is not None:
+                        score = normalised(100 * (rank["value"] or 0.0), chance)
+                        told["normalised"] = {"value": score, "sd": None}
+                    found.append({"side": side, "setup": setup, "set": name, "metrics": told})
+        return found
+
+    def cost(self) -> list[dict[str, Any]]:
+        """What each side is and costs."""
+        found = []
+        for side in self.sides:
+            cells = [cell for cell in self.cells if cell.side == side]
+            first = cells[0].cell
+            found.append(
+                {
+                    "side": side,
+                    "total": first.plan["parameters"]["total"],
+                    "active": first.plan["parameters"]["active"],
+                    "training_flops_per_token": self.flops[side],
+                    "tokens": {str(cell.setup): cell.cell.facts["tokens_trained"] for cell in cells},
+                    "seconds": sum(cell.cell.facts["train_seconds"] for cell in cells) / len(self.seeds),
+                }
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        first = self.cells[0].cell
+        return {
+            "protocol": "flan-moe",
+            "machine": first.facts["machine"],
+            "versions": first.facts["versions"],
+            "match": self.settings.match,
+            "seeds": list(self.seeds),
+            "pairs": [list(pair) for pair in self.settings.pairs],
+            "cost": self.cost(),
+            "table": self.table(),
+            "gains": self.gains(),
+            "runs": [cell.cell.run.name for cell in self.cells],
+        }
+
+    def markdown(self) -> str:
+        """Every table as Markdown."""
+        from sparsmith.protocols.flan_moe_sheets import sheets
+
+        return "\n".join(sheet.markdown() for sheet in sheets(self))
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+
+        from sparsmith.protocols.flan_moe_sheets import sheets
+
+        return Group(*(part for sheet in sheets(self) for part in (sheet.rich(), "")))
+
+
+def compare(recipe: Recipe, seeds: Sequence[int], out: Path, tune: Tune, settle: Settle) -> FlanMoeComparison:
+    """Run every side through the setups with every seed, and write the comparison.
+
+    Args:
+        recipe: one `upcycle` entry, the mixture as its training rows, held-out sets under `data.eval`, and `protocol:`.
+        out: folder of the cells and of the comparison.
+        tune: runs a recipe to its end and returns the run's folder; returns that of a finished run at once.
+        settle: writes what a run has settled into, once, and returns the folder.
+
+    Raises:
+        UsageError, MethodError: the recipe is not for this protocol.
+    """
+    settings = check(recipe, seeds)
+    work = Work(recipe, settings, out, tune, settle)
+    for side in settings.sides.values():
+        work.side_config(side)  # all of them before the first run
+    flops = {name: work.flops(name) for name in settings.sides}
+    heldout = tuple(source.name for source in recipe.data.eval)
+    cells: list[SetupCell] = []
+    for seed in seeds:
+        for name in settings.sides:
+            cells += work.run_side(name, seed)
+            write(FlanMoeComparison(settings, tuple(cells), flops, heldout), out)  # should the rest be cut short
+    return FlanMoeComparison(settings, tuple(cells), flops, heldout)
+
+
+def check(recipe: Recipe, seeds: Sequence[int]) -> ProtocolSettings:
+    """The recipe's `protocol:` section.
+
+    Raises:
+        UsageError: no seed, no section. MethodError: another method, a control, or no rows to compare on.
+    """
+    if not seeds:
+        raise UsageError("--seeds", "no seed", "at least one", "Write --seeds 0,1,2.")
+    configs = recipe.methods
+    if len(configs) != 1 or not isinstance(configs[0], UpcycleConfig):
+        found = ", ".join(str(getattr(config, "method", "")) for config in configs)
+        raise MethodError("methods", found, "upcycle alone", "Give a recipe with one `upcycle` entry.")
+    if configs[0].control != "none":
+        raise MethodError(
+            "upcycle.control", f"`{configs[0].control}`", "none", "Name the dense twin under `protocol.sides`."
+        )
+    settings: Any = recipe.protocol
+    if settings is None:
+        raise UsageError(
+            "protocol", "no section in the recipe", "sides and tasks", "Add `protocol:`; see docs/flan-moe.md."
+        )
+    sets = [*recipe.data.eval, *(task.eval for task in settings.tasks)]
+    names = [source.name for source in sets]
+    for one in names:
+        if names.count(one) > 1:
+            raise MethodError(
+                "protocol.tasks", f"the evaluation set `{one}` twice", "a name for each", "Rename one of them."
+            )
+    if not recipe.data.eval and 2 in settings.setups:
+        raise MethodError("data.eval", "no held-out set", "at least one, for setup 2", "Name one under `data.eval`.")
+    for source in sets:
+        if "loss" not in source.metrics:
+            raise MethodError(f"{source.name}.metrics", ", ".join(source.metrics), "loss among them", "Add loss.")
+    return settings
+
+
+def write(comparison: FlanMoeComparison, out: Path) -> None:
+    """`comparison.json`, `comparison.md` and `comparison.svg`."""
+    from sparsmith.protocols.flan_moe_figure import three_panels
+    from sparsmith.reporting.plots import svg_file
+
+    write_json(out / "comparison.json", comparison.as_dict())
+    write_text(out / "comparison.md", comparison.markdown())
+    write_text(out / "comparison.svg", svg_file(three_panels(comparison)))

@@ -1,0 +1,82 @@
+"""What a protocol needs beside one run's settings: the sides that are compared, and the single tasks that they are tuned on.
+
+Read by `sparsmith protocol flan-moe` alone; the other verbs take the recipe as that of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sparsmith.errors import nearest
+from sparsmith.recipe.schema import EvalSource, Name, PositiveInt, Text, TrainSource
+from sparsmith.recipe.strict import Clash, StrictModel
+
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Continued(StrictModel):
+    """Training on plain text before everything else, with the same losses."""
+
+    train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    steps: PositiveInt
+    """The budget: steps x `train.batch_size` rows of `data.max_length` tokens."""
+    learning_rate: Rate | None = None
+    """Absent = the recipe's."""
+
+
+class Side(StrictModel):
+    """One kind of model that goes through the setups."""
+
+    path: Text | None = None
+    """Its base; absent = the recipe's `model.path`."""
+    settings: dict[str, Any] = {}
+    """What differs from the recipe's one method entry."""
+    start: Continued | None = None
+    """Continued pre-training; absent = none."""
+
+
+class SingleTask(StrictModel):
+    """A task that setups 1 and 3 tune on, and are measured on."""
+
+    name: Name
+    train: TrainSource
+    eval: EvalSource
+    chance: Annotated[float, Field(ge=0, lt=100)] | None = None
+    """Accuracy of guessing, in percent, for normalised scores of rank classification; absent = none are given."""
+
+
+class ProtocolSettings(StrictModel):
+    """The three setups: tuned on a task; tuned on the mixture and asked; tuned on the mixture, then on a task."""
+
+    setups: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    sides: dict[Name, Side] = {"dense": Side(settings={"control": "dense"}), "moe": Side()}
+    pairs: tuple[tuple[str, str], ...] = (("dense", "moe"),)
+    """(dense, sparse) sides that are held against each other."""
+    tasks: tuple[SingleTask, ...] = ()
+    task_steps: PositiveInt | None = None
+    """Steps of setups 1 and 3; absent = the recipe's `train.steps`."""
+    task_learning_rate: Rate | None = None
+    """Absent = the recipe's."""
+    match: Literal["tokens", "flops"] = "tokens"
+    """`tokens`: both sides of a pair see the same stream; `flops`: the dearer side takes fewer steps of it, so that the training FLOPs
+    are the dense side's."""
+
+    def clashes(self) -> Iterable[Clash]:
+        if not self.setups or len(set(self.setups)) != len(self.setups):
+            yield Clash("setups", f"`{list(self.setups)}`", "some of 1, 2, 3, each once", "Write `setups: [1, 2, 3]`.")
+        for pair in self.pairs:
+            for side in pair:
+                if side not in self.sides:
+                    yield Clash("pairs", f"`{side}`", "the name of a side", nearest(side, tuple(self.sides)))
+        needing = [setup for setup in self.setups if setup != 2]
+        if needing and not self.tasks:
+            found = f"none, with setup {needing[0]}"
+            yield Clash("tasks", found, "tasks to tune on", "Add `tasks`, or write `setups: [2]`.")
+        if not needing:
+            yield from self.without_effect(["tasks", "task_steps", "task_learning_rate"], "setup 1 or 3")
+        names = [task.name for task in self.tasks]
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            yield Clash("tasks", f"`{name}` twice", "a name for each task", "Rename one of them.")

@@ -1,0 +1,200 @@
+"""The FLAN-MoE protocol: sides that differ by their settings alone, setups that stand on each other, figures that are those of the runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sparsmith.reporting
+from sparsmith.app import protocol, tuning
+from sparsmith.app.recipes import load_recipe
+from sparsmith.bootstrap import RowScores, contrast, paired_differences
+from sparsmith.cli import main
+from sparsmith.errors import MethodError, UsageError
+from sparsmith.methods.upcycle.config import UpcycleConfig
+from sparsmith.protocols.flan_moe import check
+from sparsmith.protocols.flan_moe_cells import Work, tuned_as_it_is
+from tests.kit.elastic import elastic_recipe
+
+SEEDS = [3]
+
+
+def moe_recipe(folder: Path, **section) -> Path:
+    path = elastic_recipe(folder, train={"steps": 4})
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["methods"] = [{"method": "upcycle", "experts": 4, "moe": {"z_coef": 0.01}}]
+    first, second = recipe["data"]["train"]
+    held_out = recipe["data"]["eval"]
+    own = {**held_out[0], "name": "own", "metrics": ["loss"]}
+    recipe["data"]["eval"] = [{**held_out[1], "name": "others"}]
+    recipe["protocol"] = {
+        "task_steps": 2,
+        "tasks": [{"name": "one", "train": {**first, "name": "one"}, "eval": own}],
+        **section,
+    }
+    recipe["data"]["train"] = [first, second]
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cut_and_gone_on(tmp_path_factory):
+    """(folder, comparison, names of the trainings): cut in a cell, run to its end, called once more."""
+    folder = tmp_path_factory.mktemp("protocol")
+    text = folder / "plain.jsonl"
+    text.write_text("".join(json.dumps({"text": f"word {n} and {n + 1}"}) + "\n" for n in range(40)), encoding="utf-8")
+    continued = {"train": [{"name": "plain", "domain": "plain", "path": str(text), "format": "text"}], "steps": 2}
+    sides = {"dense": {"settings": {"control": "dense"}}, "moe": {}, "longer": {"start": continued}}
+    recipe = moe_recipe(folder, sides=sides, pairs=[["dense", "moe"], ["dense", "longer"]])
+    trained, train = [], tuning._Session.train
+
+    def counted(self, checkpoint):
+        trained.append(self.run.root.name)
+        if trained.count("moe-seed3-instruct") == 1 and self.run.root.name == "moe-seed3-instruct":
+            raise KeyboardInterrupt
+        train(self, checkpoint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning._Session, "train", counted)
+        patch.setattr(sparsmith.reporting, "write_report", lambda runs, out: Path(out).write_text("page"))
+        assert main(["protocol", "flan-moe", str(recipe), "--seeds", "3"]) == 130
+        assert main(["protocol", "flan-moe", str(recipe), "--seeds", "3"]) == 0
+        result = protocol("flan-moe", recipe, seeds=SEEDS)
+    return folder, result, trained
+
+
+def test_cells_run_once_and_in_their_order(cut_and_gone_on):
+    _, result, trained = cut_and_gone_on
+    cells = [f"{side}-seed3-{kind}" for side in ("dense", "moe") for kind in ("direct-one", "instruct", "then-one")]
+    cells += [f"longer-seed3-{kind}" for kind in ("start", "direct-one", "instruct", "then-one")]
+    assert [cell.cell.run.name for cell in result.cells] == cells
+    cut = cells.index("moe-seed3-instruct")
+    assert trained == [*cells[: cut + 1], *cells[cut:]]
+
+
+def test_setups_stand_on_each_other(cut_and_gone_on):
+    folder, _, _ = cut_and_gone_on
+    recipes = {path.name: load_recipe(path / "recipe.yaml") for path in (folder / "run").iterdir() if path.is_dir()}
+    assert recipes["moe-seed3-then-one"].model.path == str(folder / "run" / "moe-seed3-instruct" / "settled")
+    assert recipes["moe-seed3-direct-one"].model.path == str(folder / "base")
+    assert recipes["moe-seed3-then-one"].methods[0].donor == "sparse"
+    assert recipes["moe-seed3-then-one"].methods[0].moe.z_coef == 0.01, "settings of the method go with it"
+    assert recipes["longer-seed3-instruct"].methods[0].donor == "sparse"
+    assert recipes["longer-seed3-start"].data.loss_on == "all"
+    assert recipes["dense-seed3-then-one"].methods[0].control == "dense"
+    assert recipes["moe-seed3-direct-one"].train.steps == 2 and recipes["moe-seed3-instruct"].train.steps == 4
+    assert all(recipe.protocol is None for recipe in recipes.values())
+
+
+def test_both_sides_see_the_same_rows(cut_and_gone_on):
+    folder, _, _ = cut_and_gone_on
+    for kind in ("direct-one", "instruct", "then-one"):
+        facts = [json.loads((folder / "run" / f"{s}-seed3-{kind}" / "run.json").read_text()) for s in ("dense", "moe")]
+        assert facts[0]["tokens_trained"] == facts[1]["tokens_trained"]
+        points = [
+            [json.loads(line)["tokens"] for line in (folder / "run" / f"{s}-seed3-{kind}" / "metrics.jsonl").open()]
+            for s in ("dense", "moe")
+        ]
+        assert points[0] == points[1]
+
+
+def test_every_figure_is_that_of_a_run(cut_and_gone_on):
+    folder, result, _ = cut_and_gone_on
+    written = json.loads((folder / "run" / "comparison.json").read_text())
+
+    def loss(cell, name, part="tuned"):
+        found = json.loads((folder / "run" / cell / "eval.json").read_text())
+        return found[part]["sets"][name]["loss"]["value"]
+
+    table = {(row["side"], row["setup"], row["set"]): row["metrics"]["loss"]["value"] for row in written["table"]}
+    assert table["dense", 1, "own"] == loss("dense-seed3-direct-one", "own")
+    assert table["moe", 3, "own"] == loss("moe-seed3-then-one", "own")
+    assert table["moe", 2, "others"] == loss("moe-seed3-instruct", "others")
+    assert table["moe", -1, "others"] == loss("moe-seed3-instruct", "others", "base")
+    gains = {(row["sparse"], row["metric"]): row["figures"] for row in written["gains"]}
+    by_hand = (table["moe", 3, "own"] - table["moe", 1, "own"]) - (table["dense", 3, "own"] - table["dense", 1, "own"])
+    assert gains["moe", "loss"]["gain: 3 over 1"]["value"] == pytest.approx(by_hand, abs=1e-12)
+    more = (table["moe", 2, "others"] - table["moe", -1, "others"]) - (
+        table["dense", 2, "others"] - table["dense", -1, "others"]
+    )
+    assert gains["moe", "loss"]["gain: 2 over the base"]["value"] == pytest.approx(more, abs=1e-12)
+    assert loss("moe-seed3-then-one", "own", "base") == loss("moe-seed3-instruct", "own"), "3 starts where 2 ends"
+    assert ("longer", "loss") in gains and "Matched by tokens" in result.markdown()
+    assert (folder / "run" / "comparison.svg").read_text().startswith("<?xml")
+    assert written["cost"][1]["total"] > written["cost"][0]["total"]
+
+
+def test_a_contrast_is_the_signed_sum_on_the_same_draws():
+    rows = {name: {"s": {"loss": RowScores(values, (1.0,) * 4)}} for name, values in _ROWS.items()}
+    parts = [(1, rows["b after"]), (-1, rows["b before"]), (-1, rows["a after"]), (1, rows["a before"])]
+    found = contrast(parts, {"s": "d"}, seed=1).overall["loss"]
+    by_hand = [b - a - (d - c) for b, a, d, c in zip(*(_ROWS[n] for n in ("b after", "b before", "a after", "a before")))]
+    assert found.value == pytest.approx(sum(by_hand) / 4)
+    rows_of = {"s": {"loss": RowScores(tuple(by_hand), (1.0,) * 4)}}
+    zero = {"s": {"loss": RowScores((0.0,) * 4, (1.0,) * 4)}}
+    pair = paired_differences(zero, rows_of, {"s": "d"}, seed=1).overall["loss"]
+    assert (found.low, found.high) == pytest.approx((pair.low, pair.high))
+
+
+_ROWS = {
+    "a before": (1.0, 2.0, 3.0, 4.0),
+    "a after": (0.5, 2.5, 2.0, 1.0),
+    "b before": (1.5, 0.5, 3.0, 2.0),
+    "b after": (0.25, 0.5, 1.0, 5.0),
+}
+
+
+def test_flops_match_by_fewer_steps_of_the_same_stream(tmp_path):
+    recipe = load_recipe(moe_recipe(tmp_path, match="flops"))
+    work = Work(recipe, check(recipe, [0]), tmp_path, None, None)
+    share = work.flops("dense") / work.flops("moe")
+    assert share < 1 and work._steps(1000, "moe") == round(1000 * share) and work._steps(1000, "dense") == 1000
+
+
+def test_what_is_tuned_further_keeps_its_routers():
+    config = UpcycleConfig(experts=4, top_k=1, layers="every-2", moe={"router": "top1", "jitter": 0.01, "balance_coef": 0.5})
+    later = tuned_as_it_is(config)
+    assert later.donor == "sparse" and later.moe == config.moe and later.experts == 8
+    assert tuned_as_it_is(later) is later
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "match"),
+    [
+        ({"sides": {"dense": {"settings": {"control": "dense"}}, "moe": {"settings": {"expert": 3}}}}, MethodError, "expert"),
+        ({"pairs": [["dense", "mo"]]}, None, "`moe`"),
+        ({"tasks": []}, None, "tasks to tune on"),
+        ({"setups": [2]}, None, "no effect"),
+        ({"setups": []}, None, "some of 1, 2, 3"),
+    ],
+)
+def test_a_section_that_cannot_be_run(tmp_path, section, kind, match, capsys):
+    path = moe_recipe(tmp_path, **section)
+    assert main(["protocol", "flan-moe", str(path), "--seeds", "0"]) == (6 if kind else 3)
+    assert match in capsys.readouterr().err
+
+
+def test_recipes_that_are_not_for_it(tmp_path):
+    path = moe_recipe(tmp_path)
+    recipe = load_recipe(path)
+    with pytest.raises(UsageError, match="no seed"):
+        check(recipe, [])
+    with pytest.raises(UsageError, match="no section"):
+        check(recipe.model_copy(update={"protocol": None}), [0])
+    with pytest.raises(MethodError, match="upcycle alone"):
+        check(load_recipe(elastic_recipe(tmp_path)).model_copy(update={"protocol": recipe.protocol}), [0])
+    with pytest.raises(MethodError, match="dense twin under"):
+        check(recipe.model_copy(update={"methods": (UpcycleConfig(control="dense"),)}), [0])
+
+
+def test_a_source_of_a_task_that_is_not_there(tmp_path, capsys):
+    path = moe_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["protocol"]["tasks"][0]["train"]["path"] = "nowhere.jsonl"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    assert main(["plan", str(path)]) == 0, "a plan reads no rows"
+    assert main(["protocol", "flan-moe", str(path), "--seeds", "0"]) == 3
+    assert "protocol.tasks.0.train.path" in capsys.readouterr().err
