@@ -64,6 +64,8 @@ def wrapped(model: Any, config: UpcycleConfig) -> Any:
         if not router.weight.is_meta:  # float32 also where it is frozen: thresholds are held against its probabilities
             router.weight.data = router.weight.data.float()
             router.thresholds = router.thresholds.float()
+        for part in (router, getattr(ffn, row.experts)):
+            part.sparsmith_grafted = True  # until it is settled: another method leaves these to this one
     return crafted.train(model.training)
 
 
@@ -95,6 +97,11 @@ def seeing_ahead(model: nn.Module) -> AbstractContextManager[None]:
     from sparsmith.methods.upcycle import expert_choice
 
     return expert_choice.seeing_ahead(model)
+
+
+def follow(context: Any) -> None:
+    """Let the thresholds take in the forward that has just run."""
+    context.settle_thresholds()
 
 
 @torch.no_grad()

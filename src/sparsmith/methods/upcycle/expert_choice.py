@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,8 @@ class ExpertChoice(nn.Module):
     block: int
     evaluates: str
     """`threshold`; `top_c` only while `seeing_ahead`."""
+    shared_expert: Any
+    shared_expert_gate: Any
 
     def choice_router(self) -> Any:
         return getattr(self, self.choice.router)
@@ -211,8 +213,8 @@ def let_experts_choose(base: Any, settings: ChoiceSettings, context: ChoiceConte
     for index, ffn in choosers(base, settings):
         router = getattr(ffn, settings.router)
         if not isinstance(ffn, ExpertChoice):
-            ffn.__class__ = _choosing(ExpertChoice, type(ffn))
-            router.__class__ = _choosing(ChoiceRouter, type(router))
+            ffn.__class__ = _choosing(ExpertChoice, cast(Any, type(ffn)))
+            router.__class__ = _choosing(ChoiceRouter, cast(Any, type(router)))
             weight = router.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
             start = torch.full((len(weight),), UNFITTED, dtype=dtype, device=weight.device)

@@ -155,7 +155,7 @@ class UpcycleMethod(Method):
             grads = [getattr(ffn, router).weight.grad for _, ffn in sparse_blocks(model)]
             context.router_grads = [g.norm() for g in grads if g is not None] or context.router_grads
         if config.choosing:
-            context.settle_thresholds()
+            choosing.follow(context)
         context.clear()
 
     def metrics(self, model: nn.Module, config: UpcycleConfig) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from sparsmith.methods.upcycle.expert_choice import seeing_ahead
 from tests.kit.choice import DONORS, choosing_model, fitted, naive_block, naive_takers
 from tests.kit.pico import pico_ids, pico_model
 
-
 # experts that differ, are heard, and share tokens: what another token's choice changes shows in the logits
 LEAKY = {"apart": 3.0, "loud": 5.0, "router": 5.0}
 
