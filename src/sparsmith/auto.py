@@ -25,6 +25,7 @@ from typing import Any
 MODEL_TYPES: dict[str, tuple[str, str, str]] = {
     "sparsmith_slim": ("sparsmith.methods.finegates.modeling", "SparsmithSlimConfig", "SparsmithSlimForCausalLM"),
     "sparsmith_pesc": ("sparsmith.methods.pesc.modeling", "SparsmithPescConfig", "SparsmithPescForCausalLM"),
+    "sparsmith_ec": ("sparsmith.methods.upcycle.modeling", "SparsmithEcConfig", "SparsmithEcForCausalLM"),
 }
 _CONFIGS = "transformers.models.auto.configuration_auto"
 

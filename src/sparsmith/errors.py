@@ -115,6 +115,10 @@ class ScheduleTooShort(MethodError):
     """Too few steps, or too small a learning rate, for a gate to close."""
 
 
+class NonCausalRouter(MethodError):
+    """A router that would show a text its own future: experts that choose among all tokens, in evaluation."""
+
+
 class CheckpointError(SparsmithError):
     """A checkpoint that is damaged, incomplete or not ours."""
 

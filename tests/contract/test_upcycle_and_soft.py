@@ -111,3 +111,8 @@ def test_a_mixture_that_is_there_becomes_elastic():
 def test_parts_of_exits_of_their_own_are_refused():
     with pytest.raises(MethodError, match="upcycle"):
         sm.plan(deep_model(), [*pair()[:1], sm.SoftConfig(exits=EXITS, trunk="frozen")])
+
+
+def test_experts_that_choose_go_alone():
+    with pytest.raises(MethodError, match=r"soft.*experts that choose"):
+        sm.plan(deep_model(), pair(moe={"router": "expert_choice"}))

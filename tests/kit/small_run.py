@@ -35,6 +35,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "lora": {"r": 4, "dropout": 0.1},
         "guard": {"max_loss_gap": 9.0},
     },
+    # thresholds that every micro-batch moves; jitter and dropout are streams
+    "expert choice": {
+        "method": "upcycle",
+        "experts": 4,
+        "moe": {"router": "expert_choice", "jitter": 0.05, "expert_dropout": 0.1, "ec": {"ema": 0.9}},
+    },
 }
 """A later method joins every trial by an entry here."""
 

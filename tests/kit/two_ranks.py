@@ -24,12 +24,13 @@ from sparsmith.methods.finegates.config import FineGatesConfig
 from sparsmith.methods.finegates.gates import gates_of
 from sparsmith.methods.pesc.config import PescConfig
 from sparsmith.methods.soft.config import SoftConfig
+from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.ops.shards import part, whole
 from tests.kit.cases import base_for
 from tests.kit.rows import RowDataset, pad_rows
 
 STEPS = 12
-HEALTH, DEAD = ("health/pesc/load", "health/soft/loss_at"), "health/pesc/dead_experts"
+HEALTH, DEAD = ("health/pesc/load", "health/soft/loss_at", "health/upcycle/"), "health/pesc/dead_experts"
 # the balance loss is on: its counts are summed over the ranks, so it must not differ either
 CONFIG = PescConfig(
     num_experts=8, top_k=1, adapter_dim=8, balance_alpha=0.05, path="masked", lora=LoraSettings(r=2, dropout=0.0)
@@ -55,6 +56,7 @@ METHODS = {
     "finegates, no noise": FineGatesConfig(**_SHORT, gates={**_LEVEL, "noise_sigma": 0.0}),
     "finegates, by importance": FineGatesConfig(**_SHORT, gates={"lr": 0.6}),
     "finegates, paper, no noise": FineGatesConfig(**_PAPER, paper={"noise_sigma": 0.0}),
+    "expert choice": UpcycleConfig(experts=4, moe={"router": "expert_choice", "z_coef": 0.05}),  # type: ignore[arg-type]
 }
 """A later method joins by an entry here."""
 
@@ -120,6 +122,7 @@ def tune(
         "dead": {str(line["step"]): line[DEAD] for line in lines if DEAD in line},
         "weights": {name: whole(p.detach()).double().reshape(-1).tolist() for name, p in trained},
         "noise": {name: gate.noise.tolist() for name, gate in gates_of(model)},
+        "thresholds": {n: b.tolist() for n, b in model.named_buffers() if n.endswith(".thresholds")},
         "parameter_bytes": sum(part(p).nbytes for p in model.parameters()),
     }
 

@@ -10,6 +10,9 @@ from typing import Any
 from sparsmith.anatomy.rows import Anatomy, base_config, of
 from sparsmith.errors import UnsupportedAnatomy
 
+MEAN_TAKEN = "mean_experts_per_token"
+"""Of a config: experts that a token takes on average, where that is no fixed number."""
+
 
 @dataclass(frozen=True)
 class SparseShape:
@@ -21,8 +24,8 @@ class SparseShape:
     """d."""
     experts: int
     """E, in each of these blocks."""
-    top_k: int
-    """Experts that one token takes."""
+    top_k: float
+    """Experts that one token takes; on average, where experts choose tokens."""
     width: int
     """w, inner width of an expert."""
     shared: int | None
@@ -48,7 +51,7 @@ class SparseShape:
     @property
     def inactive_params(self) -> int:
         """Parameters of the experts that one token does not take."""
-        return self.expert_params // self.experts * (self.experts - self.top_k)
+        return round(self.expert_params // self.experts * (self.experts - self.top_k))
 
     @property
     def active_params(self) -> int:
@@ -69,7 +72,7 @@ def sparse_shape(config: Any) -> SparseShape | None:
         blocks=blocks if experts else (),
         hidden=config.hidden_size,
         experts=experts,
-        top_k=config.num_experts_per_tok,
+        top_k=getattr(config, MEAN_TAKEN, None) or config.num_experts_per_tok,
         width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         shared=getattr(config, "shared_expert_intermediate_size", None) if row.shared_expert else None,
     )

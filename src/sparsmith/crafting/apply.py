@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -80,7 +80,10 @@ def craft(
         if before is not None:
             shifts = "; ".join(filter(None, (method.shifts(settings) for method, settings in record.parts)))
             limit = max(method.rounding for method, _ in record.parts)
-            neutral = compare_probe(crafted, before, seed, limit=limit, shifts=shifts)
+            with ExitStack() as stack:
+                for method, settings in record.parts:
+                    stack.enter_context(method.while_proven(crafted, settings))
+                neutral = compare_probe(crafted, before, seed, limit=limit, shifts=shifts)
             attach(crafted, CraftRecord(configs=configs, base=base, seed=seed, neutral=neutral))
     return crafted
 

@@ -39,6 +39,7 @@ def check_composition(configs: Sequence[MethodConfig], task: str = "causal_lm") 
                 )
     _check_lora(list(zip(methods, configs)))
     _check_alone(list(zip(methods, configs)))
+    _check_single(list(zip(methods, configs)))
     whole = [method.name for method, config in zip(methods, configs) if method.trains_base(config)]
     if len(whole) > 1:
         raise MethodError(
@@ -108,6 +109,20 @@ def _check_alone(parts: Sequence[tuple[Method, MethodConfig]]) -> None:
                 f"`{other}` beside `{method.name}` with {reason}",
                 f"`{method.name}` alone, or with a trunk that trains",
                 f"Tune `{other}` first and go on from its export, or let `{method.name}` train the trunk.",
+            )
+
+
+def _check_single(parts: Sequence[tuple[Method, MethodConfig]]) -> None:
+    """Settings with which a method goes with no other."""
+    for method, config in parts:
+        reason = method.goes_alone(config)
+        if reason and len(parts) > 1:
+            other = next(one.name for one, _ in parts if one is not method)
+            raise MethodError(
+                "methods",
+                f"`{other}` beside `{method.name}` with {reason}",
+                f"`{method.name}` alone, or with other settings",
+                f"Drop `{other}`, or change that setting.",
             )
 
 

@@ -53,7 +53,7 @@ def prepare(model: PreTrainedModel, *, fold_scale: bool = False, dtype: torch.dt
         # modules of the method that made the class keep their masters' type; what is trained of a stock class is the base's
         home = type(model).__module__
         parts = [(method, config) for method, config in record.parts if home in method.standalone_sources()]
-        kept = {name for method, config in parts for name in method.state(settled, config)}
+        kept = {name for method, config in parts for name in method.keeps_type(settled, config)}
         for name, parameter in model.named_parameters():
             if name not in kept and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

@@ -210,7 +210,9 @@ def _check_count(model: PreTrainedModel, identity: Identity) -> None:
     config = getattr(model.config, "base_config", None) or model.config
     configs = record_of(model).configs
     wanted = plan(config, configs).total_params if configs else anatomy.shape_of(config).total_params
-    found = sum(math.prod(row.shape) for row in identity.tensors.values())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in parameters)
+    found = sum(math.prod(row.shape) for row in identity.tensors.values()) - buffers
     if found != wanted:
         raise ProofError(
             "export",

@@ -9,7 +9,8 @@ Words: a *role* is a group of trained tensors with one purpose (`adapter`, `rout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -201,6 +202,11 @@ class Method:
         """
         raise NotImplementedError
 
+    def while_proven(self, model: nn.Module, config: Any) -> AbstractContextManager[None]:
+        """Around the forward by which crafting is proven to leave the function unchanged, for a model that needs training before it can be
+        evaluated."""
+        return nullcontext()
+
     def roles(self, model: nn.Module, config: Any) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trained tensors of this method by role, with their names in the crafted model."""
         raise NotImplementedError
@@ -269,6 +275,10 @@ class Method:
         """Why, with this method, the loss reaches no tensor but its own, so that no other method can train; empty where it does."""
         return ""
 
+    def goes_alone(self, config: Any) -> str:
+        """Why, with these settings, the method cannot be combined with any other; empty where it can."""
+        return ""
+
     def cut(self, view: Any, config: Any, depth: int, layers: int) -> MethodConfig | None:
         """Make the method's part of `view`, which has the first `depth` of `layers` blocks and the tail alone, that of a model of this
         size; returns the settings that describe it, None where nothing of the method is left. Modules are shared with the model:
@@ -293,6 +303,10 @@ class Method:
     def health(self, metrics: Mapping[str, Any]) -> str:
         """A few words for the progress bar, from the last `metrics`."""
         return ""
+
+    def warnings(self, metrics: Mapping[str, Any]) -> Mapping[str, str]:
+        """Key -> a sentence that the user must be told after the last `metrics`; of each key the first is printed."""
+        return {}
 
     def settle(self, model: nn.Module, config: Any) -> nn.Module:
         """Make soft choices hard, in place."""
@@ -368,6 +382,10 @@ class Method:
     def asks_lora(self, config: Any) -> bool:
         """False where the settings hold a LoRA that this way of tuning does not use."""
         return True
+
+    def keeps_type(self, model: nn.Module, config: Any) -> Collection[str]:
+        """Of a model of a class of the method's own: names of the tensors that stay float32 when the rest is rounded."""
+        return self.state(model, config).keys()
 
     def lora(self, config: Any, shape: ModelShape | None = None) -> LoraSettings | None:
         """The LoRA that crafting must inject after every method has grafted its modules, or None. Its size may depend on the model's

@@ -35,7 +35,10 @@ class WrappedConfig(PreTrainedConfig):
             # the outer model hands its attention implementation down when it is built
             kwargs.setdefault("attn_implementation", base_config._attn_implementation)
         kwargs["tie_word_embeddings"] = False  # tying is the base's own affair
+        experts = getattr(base_config, "_experts_implementation", None)
         super().__init__(**kwargs)
+        if experts is not None:  # the outer model has none of its own, and its config has just said so to the base's
+            base_config._experts_implementation = experts
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, so that caches and generation see its layers."""
@@ -108,3 +111,21 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
         """The base's own generate, with this model's generation settings."""
         self.base.generation_config = self.generation_config
         return self.base.generate(*args, **kwargs)
+
+
+class Opener:
+    """A hook before the decoder's forward that opens a route context, by whichever way the decoder is called (model, generate, a loss
+    that calls it alone)."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        given = ids if ids is not None else embeds
+        if given is None:
+            return
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self.context.begin(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), tuple(given.shape[:2]), past)

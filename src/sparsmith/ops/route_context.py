@@ -53,7 +53,7 @@ class RouteContext:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RouteContext:
         """A copied model starts with a context of its own: what is held here belongs to a forward of the original."""
-        return RouteContext()
+        return type(self)()
 
     def __reduce__(self):
         """A copied or pickled model starts with an empty context: what one forward left belongs to its own graph."""
@@ -90,12 +90,16 @@ class RouteContext:
         if count:
             self._count(layer, routing.indices, num_experts)
 
-    @torch.no_grad()
     def _count(self, layer: int, indices_TK: Tensor, num_experts: int) -> None:
-        if self.groups is None:
-            self.groups = _groups(self.domain, self.mask, indices_TK)
         taken_TE = torch.zeros(indices_TK.shape[0], num_experts, device=indices_TK.device).scatter(1, indices_TK, 1.0)
-        rows = self.groups.to(indices_TK.device).t() @ taken_TE
+        self.count_taken(layer, taken_TE)
+
+    @torch.no_grad()
+    def count_taken(self, layer: int, taken_TE: Tensor) -> None:
+        """Add the slots of a forward, 1 where an expert takes a token, to those of the window."""
+        if self.groups is None:
+            self.groups = _groups(self.domain, self.mask, taken_TE)
+        rows = self.groups.to(taken_TE.device).t() @ taken_TE
         known = self.counts.get(layer)
         self.counts[layer] = rows if known is None else known.add_(rows)
 
@@ -140,9 +144,9 @@ class RouteContext:
         self.counts, self.terms, self.router_grads = {}, {}, []
 
 
-def _groups(domain_T: Tensor | None, mask_T: Tensor | None, indices_TK: Tensor) -> Tensor:
+def _groups(domain_T: Tensor | None, mask_T: Tensor | None, taken_TE: Tensor) -> Tensor:
     """(T, G+1) membership; a domain index out of range counts as none."""
-    tokens, device = indices_TK.shape[0], indices_TK.device
+    tokens, device = taken_TE.shape[0], taken_TE.device
     if domain_T is None:
         column_T = torch.full((tokens,), DOMAIN_SLOTS, device=device)
     else:

@@ -93,5 +93,7 @@ def test_counts_of_mixtures(name):
     assert sparse.expert_params == sum(p.numel() for ffn in mixed for p in getattr(ffn, row.experts).parameters())
     per_expert = sparse.expert_params // len(mixed) // sparse.experts
     assert sparse.inactive_params == len(mixed) * per_expert * (sparse.experts - config.num_experts_per_tok)
-    assert shape.ffn_params == sum(p.numel() for i, f in enumerate(ffns) if i not in sparse.blocks for p in f.parameters())
+    assert shape.ffn_params == sum(
+        p.numel() for i, f in enumerate(ffns) if i not in sparse.blocks for p in f.parameters()
+    )
     assert anatomy.is_sparse(config)

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparsmith.methods.pesc.layers import PescFFN, PescSettings
-from sparsmith.methods.wrapped import WrappedConfig, WrappedForCausalLM
+from sparsmith.methods.wrapped import Opener, WrappedConfig, WrappedForCausalLM
 from sparsmith.ops.route_context import RouteContext
 
 
@@ -41,7 +40,7 @@ class SparsmithPescForCausalLM(WrappedForCausalLM):
         self.route_context = RouteContext()
         graft(base, self.settings, self.route_context)
         decoder = getattr(base, self.blocks.split(".")[0])
-        decoder.register_forward_pre_hook(_Opener(self.route_context), with_kwargs=True)
+        decoder.register_forward_pre_hook(Opener(self.route_context), with_kwargs=True)
 
     @property
     def blocks(self) -> str:
@@ -78,23 +77,6 @@ class SparsmithPescForCausalLM(WrappedForCausalLM):
                 if weights[name] and self.settings.router_trainable:
                     output.loss = output.loss + weights[name] * value.to(output.loss.device)
         return output
-
-
-class _Opener:
-    """Opens the route context when the decoder is called, by whichever way (model, generate, a loss that calls the decoder alone)."""
-
-    def __init__(self, context: RouteContext) -> None:
-        self.context = context
-
-    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
-        given = ids if ids is not None else embeds
-        if given is None:
-            return
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        self.context.begin(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), tuple(given.shape[:2]), past)
 
 
 def graft(base: Any, settings: PescSettings, context: RouteContext) -> None:

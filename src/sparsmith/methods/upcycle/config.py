@@ -6,10 +6,10 @@ extension: FLAN-MoE's models were pre-trained sparse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sparsmith.methods.base import LoraSettings, MethodConfig
 from sparsmith.methods.block_choice import BlockChoice, block_indices
@@ -20,11 +20,25 @@ Combine = Literal["renorm", "straight_through", "switch"]
 _K_OF = {"top1": 1, "top2": 2}
 
 
+class EcSettings(StrictModel):
+    """Expert choice: each expert takes its best tokens of a row."""
+
+    capacity_factor: Annotated[float, Field(ge=1)] = 2.0
+    """c, experts per token on average: an expert takes ceil(c n / E) of a row's n tokens. At most E."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """How much of its threshold an expert keeps at every micro-batch; 1 - ema is what it takes of the batch's mean."""
+    train_select: Literal["top_c", "threshold"] = "top_c"
+    """How training chooses. `threshold`: as evaluation does, so that training is causal too; the first batch, which fits the thresholds,
+    is chosen by top_c."""
+
+
 class MoeSettings(StrictModel):
     """Routers, their losses, and what stays frozen."""
 
-    router: Literal["top1", "top2", "topk"] = "top2"
-    """How many experts a token takes; must agree with `top_k`."""
+    router: Literal["top1", "top2", "topk", "expert_choice"] = "top2"
+    """How many experts a token takes; must agree with `top_k`. `expert_choice`: the experts take tokens, as `ec` says; evaluation goes by
+    thresholds, and the export has a model type of its own."""
+    ec: EcSettings = EcSettings()
     combine: Combine | Literal["auto"] = "auto"
     """How their outputs are added. `renorm`: weights sum to 1; `straight_through` (top1): weight 1, with the gradient of its
     probability; `switch`: the raw probabilities, which is another function at step 0. `auto`: straight_through for top1, else renorm."""
@@ -44,7 +58,7 @@ class MoeSettings(StrictModel):
     freeze_dense: bool = False
     """All but routers and experts: this method does not train it."""
     balance_coef: NonNegative = 0.01
-    """Weight of the load-balance loss, a mean over the sparse blocks."""
+    """Weight of the load-balance loss, a mean over the sparse blocks. 0 with router expert_choice, whose loads are equal by choice."""
     z_coef: NonNegative = 0.001
     """Weight of the router z-loss."""
     balance_norm: Literal["tokens", "slots"] = "tokens"
@@ -52,7 +66,16 @@ class MoeSettings(StrictModel):
     experts_impl: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
     """transformers' way to compute the experts."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unbalanced(cls, data: Any) -> Any:
+        """Expert choice has nothing to balance: the default weight becomes 0, one that is set is told by `clashes`."""
+        if isinstance(data, Mapping) and data.get("router") == "expert_choice":
+            return {"balance_coef": 0.0, **data}
+        return data
+
     def clashes(self) -> Iterable[Clash]:
+        yield from self._choice_clashes()
         yield from self._combine_clashes()
         yield from self._freeze_clashes()
         if self.expert_dropout and self.experts_impl == "eager":
@@ -65,11 +88,21 @@ class MoeSettings(StrictModel):
         elif self.balance_coef == 0:
             yield from self.without_effect(["balance_norm"], "balance_coef above 0")
 
+    def _choice_clashes(self) -> Iterable[Clash]:
+        if not self.choosing:
+            yield from self.without_effect(["ec"], "router expert_choice")
+            return
+        needs = "a router by which tokens choose: top1, top2 or topk"
+        yield from self.without_effect(["combine", "capacity_factor", "second_expert_drop"], needs)
+        if self.balance_coef:
+            found = f"`{self.balance_coef:g}` with router expert_choice"
+            yield Clash("balance_coef", found, "0: every expert takes as many tokens", "Remove `balance_coef`.")
+
     def _combine_clashes(self) -> Iterable[Clash]:
         if self.router == "top1" and self.combine == "renorm":
             expected = "`straight_through` or `switch`: one weight over its own sum is always 1, so no gradient reaches the router"
             yield Clash("combine", "`renorm` with one expert per token", expected, "Leave `combine` out.")
-        if self.combine == "straight_through" and self.router != "top1":
+        if self.combine == "straight_through" and self.router not in ("top1", "expert_choice"):
             yield Clash("combine", "`straight_through`", "router top1", "Leave `combine` out.")
         if self.router == "top1":
             yield from self.without_effect(["second_expert_drop"], "router top2 or topk")
@@ -83,6 +116,11 @@ class MoeSettings(StrictModel):
             yield Clash("freeze_dense", "everything frozen", "something that trains", "Drop one of the freezes.")
 
     @property
+    def choosing(self) -> bool:
+        """True where experts choose tokens."""
+        return self.router == "expert_choice"
+
+    @property
     def trains_gate(self) -> bool:
         return not (self.freeze_gate or self.freeze_moe)
 
@@ -92,7 +130,7 @@ class MoeSettings(StrictModel):
 
     @property
     def how(self) -> Combine:
-        """`combine` without `auto`."""
+        """`combine` without `auto`; experts that choose are weighted by `renorm`."""
         if self.combine != "auto":
             return self.combine
         return "straight_through" if self.router == "top1" else "renorm"
@@ -146,6 +184,14 @@ class UpcycleConfig(MethodConfig):
         yield from self.without_effect((*keys, "allow_16bit_experts"), "control none")
 
     def _donor_clashes(self) -> Iterable[Clash]:
+        yield from self.without_effect(["allow_16bit_experts"], "donor sparse")
+        if self.moe.choosing:
+            yield from self.without_effect(["top_k"], "a router by which tokens choose; see moe.ec.capacity_factor")
+            if self.moe.ec.capacity_factor > self.experts:
+                expected = f"at most experts, which is {self.experts}"
+                found = f"`{self.moe.ec.capacity_factor:g}`"
+                yield Clash("moe.ec.capacity_factor", found, expected, "Lower it; a token takes so many on average.")
+            return
         if self.top_k > self.experts:
             yield Clash("top_k", f"`{self.top_k}`", f"at most experts, which is {self.experts}", "Lower `top_k`.")
         k = _K_OF.get(self.moe.router)
@@ -154,7 +200,6 @@ class UpcycleConfig(MethodConfig):
             yield Clash("moe.router", f"`{self.moe.router}`", f"`{fitting}`, as top_k is {self.top_k}", "Change one.")
         if self.moe.router == "topk" and self.top_k == 1:
             yield Clash("moe.router", "`topk` with top_k 1", "`top1`", "Write `moe: {router: top1}`.")
-        yield from self.without_effect(["allow_16bit_experts"], "donor sparse")
 
     def _tune_clashes(self) -> Iterable[Clash]:
         if self.tune == "full":
@@ -177,6 +222,11 @@ class UpcycleConfig(MethodConfig):
     def sparse(self) -> bool:
         """False for the dense twin."""
         return self.control == "none"
+
+    @property
+    def choosing(self) -> bool:
+        """True where experts choose tokens."""
+        return self.sparse and self.moe.choosing
 
     @property
     def converts(self) -> bool:

@@ -112,9 +112,15 @@ def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, con
         shared = [getattr(ffn, name) for name in ("shared_expert", "shared_expert_gate") if hasattr(ffn, name)]
         for module in (router, experts, *shared):
             module.sparsmith_grafted = True
-        if expert_dropout:
-            experts.__class__ = _mixed(_Thinning, cast(Any, type(experts)))
-            experts.expert_dropout = expert_dropout
+    thin(model, expert_dropout)
+
+
+def thin(model: nn.Module, expert_dropout: float) -> None:
+    """Put dropout into the experts of every sparse block, in place, where there is any."""
+    for _, ffn in sparse_blocks(model) if expert_dropout else ():
+        experts = getattr(ffn, anatomy.anatomy_of(model).experts)
+        experts.__class__ = _mixed(_Thinning, cast(Any, type(experts)))
+        experts.expert_dropout = expert_dropout
 
 
 def hide_idle(model: nn.Module, names: frozenset[str]) -> None:
@@ -146,5 +152,5 @@ def sparse_blocks(model: nn.Module) -> list[tuple[int, Any]]:
 
 def context_of(model: nn.Module) -> RouteContext:
     """The route context that all routers of a grafted model share."""
-    row = anatomy.anatomy_of(model)
-    return getattr(sparse_blocks(model)[0][1], row.router).context
+    row, (_, ffn) = anatomy.anatomy_of(model), sparse_blocks(model)[0]
+    return (ffn if hasattr(ffn, "context") else getattr(ffn, row.router)).context

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsmith import anatomy
 from sparsmith.errors import MethodError
 from sparsmith.methods import route_health as health
 from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan
-from sparsmith.methods.upcycle import planning
+from sparsmith.methods.upcycle import choosing, planning
 from sparsmith.methods.upcycle.build import build_sparse
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.methods.upcycle.convert import idle_names
-from sparsmith.methods.upcycle.layers import RouterSettings, context_of, graft, hide_idle, sparse_blocks, ungraft
+from sparsmith.methods.upcycle.layers import RouterSettings, context_of, graft, hide_idle, sparse_blocks, thin, ungraft
 from sparsmith.methods.upcycle.targets import sparse_config
 from sparsmith.ops.route_context import RouteContext
 
@@ -48,11 +49,13 @@ class UpcycleMethod(Method):
         return config.sparse
 
     def crafted_config(self, config: UpcycleConfig, base_config: Any) -> Any:
-        return sparse_config(base_config, config) if config.converts else base_config
+        if config.converts:
+            return sparse_config(base_config, config)
+        return choosing.mean_config(base_config, config) if config.choosing else base_config
 
     def shifts(self, config: UpcycleConfig) -> str:
         if not config.converts:
-            return ""
+            return "router expert_choice on a mixture of token choice" if config.choosing else ""
         asked = {
             f"copy_noise {config.copy_noise:g}": config.copy_noise > 0,
             "combine switch": config.moe.how == "switch",
@@ -64,11 +67,16 @@ class UpcycleMethod(Method):
 
     def craft(self, model: nn.Module, config: UpcycleConfig, context: CraftContext) -> nn.Module:
         _check_masters(model, config)
+        choosing.refuse_wrapped(model)
         if not config.sparse:
             return model
         if config.converts:
             anatomy.probe(model)
             model = build_sparse(model, config, context.seed)
+        if config.choosing:
+            quiet(model, config)
+            thin(model, config.moe.expert_dropout)
+            return choosing.wrapped(model, config)
         _check_router(model, config)
         settings = RouterSettings(
             combine=config.moe.how,
@@ -84,6 +92,9 @@ class UpcycleMethod(Method):
             if config.moe.trains_gate and not router.weight.is_meta:
                 router.weight.data = router.weight.data.float()
         return model
+
+    def while_proven(self, model: nn.Module, config: UpcycleConfig) -> AbstractContextManager[None]:
+        return choosing.seeing_ahead(model) if config.choosing else nullcontext()
 
     def roles(self, model: nn.Module, config: UpcycleConfig) -> dict[str, list[tuple[str, nn.Parameter]]]:
         kinds = _kinds(model)
@@ -115,6 +126,9 @@ class UpcycleMethod(Method):
     def lora(self, config: UpcycleConfig, shape: ModelShape | None = None) -> LoraSettings | None:
         return config.lora if self.asks_lora(config) else None
 
+    def goes_alone(self, config: UpcycleConfig) -> str:
+        return "experts that choose their tokens, whose model is of a type of its own" * config.choosing
+
     def trains_base(self, config: UpcycleConfig) -> bool:
         return config.trains_dense
 
@@ -124,7 +138,8 @@ class UpcycleMethod(Method):
         if config.sparse:
             context, shape = context_of(model), tuple(batch.input_ids.shape)
             context.hand(batch.token_mask, batch.input_ids, batch.position_ids, batch.domain)
-            context.begin(None, None, None, (shape[0], shape[1]), 0)
+            if not config.choosing:  # there the decoder's own hook opens it
+                context.begin(None, None, None, (shape[0], shape[1]), 0)
 
     def loss_terms(self, model: nn.Module, config: UpcycleConfig, batch: Batch) -> dict[str, LossTerm]:
         weights = config.moe.loss_weights if config.sparse else {}
@@ -146,19 +161,29 @@ class UpcycleMethod(Method):
         if config.moe.trains_gate:
             grads = [getattr(ffn, router).weight.grad for _, ffn in sparse_blocks(model)]
             context.router_grads = [g.norm() for g in grads if g is not None] or context.router_grads
+        if config.choosing:
+            choosing.follow(context)
         context.clear()
 
     def metrics(self, model: nn.Module, config: UpcycleConfig) -> dict[str, Any]:
-        return health.read(context_of(model)) if config.sparse else {}
+        if not config.sparse:
+            return {}
+        own = choosing.figures(context_of(model)) if config.choosing else {}
+        return {**health.read(context_of(model)), **own}
 
     def health(self, metrics: Mapping[str, Any]) -> str:
-        return health.words(metrics)
+        return health.words(metrics) + choosing.words(metrics)
+
+    def warnings(self, metrics: Mapping[str, Any]) -> Mapping[str, str]:
+        return choosing.warnings(metrics)
 
     # the result
 
     def settle(self, model: nn.Module, config: UpcycleConfig) -> nn.Module:
         """Routers and experts are the family's own again, and the config says how a stock trainer would balance them."""
-        if config.sparse:
+        if config.choosing:
+            ungraft(model)
+        elif config.sparse:
             ungraft(model)
             restore(model, config)
             dtype = next(p.dtype for _, ffn in sparse_blocks(model) for p in ffn.experts.parameters())
@@ -167,7 +192,29 @@ class UpcycleMethod(Method):
                 router.weight.data = router.weight.data.to(dtype)
         return model
 
+    def form(self, model: nn.Module, config: UpcycleConfig, asked: str) -> str:
+        if config.choosing:
+            choosing.refuse_stock(asked)
+        return ""
+
+    def standalone_sources(self) -> tuple[str, ...]:
+        return _SOURCES
+
+    def state(self, model: nn.Module, config: UpcycleConfig) -> dict[str, Tensor]:
+        """What trains, and the thresholds."""
+        return {**super().state(model, config), **(choosing.thresholds_of(model) if config.choosing else {})}
+
+    def keeps_type(self, model: nn.Module, config: UpcycleConfig) -> Collection[str]:
+        return choosing.routers_of(model).keys()
+
     def settled_config(self, config: UpcycleConfig, base_config: Any) -> Any:
+        if config.choosing:
+            raise MethodError(
+                "methods: upcycle",
+                choosing.STOCK,
+                "a settled model of a stock class, where another stage follows",
+                "Let it be in the last stage, or take a router by which tokens choose.",
+            )
         return self.crafted_config(config, base_config)
 
     def cut(self, view: Any, config: UpcycleConfig, depth: int, layers: int) -> UpcycleConfig | None:
@@ -191,11 +238,13 @@ class UpcycleMethod(Method):
             )
         if config.sparse and config.moe.capacity_factor is not None:
             said.append("Trained with a capacity; here nothing is dropped.")
+        if config.choosing:
+            said.append(choosing.CAUTION)
         return tuple(said)
 
     def files_config(self, model: nn.Module, config: UpcycleConfig) -> Mapping[str, Any]:
         """Both spellings of what readers of different ages look for (spec F9)."""
-        if not config.sparse:
+        if not config.sparse or config.choosing:
             return {}
         made: Any = model.config
         sparse = anatomy.sparse_shape(made)
@@ -209,16 +258,30 @@ class UpcycleMethod(Method):
         return said
 
 
+_SOURCES = (
+    "sparsmith.errors",
+    "sparsmith.ops.routing",
+    "sparsmith.ops.balance",
+    "sparsmith.ops.token_choice",
+    "sparsmith.ops.expert_choice",
+    "sparsmith.ops.route_context",
+    "sparsmith.methods.upcycle.expert_choice",
+    "sparsmith.methods.wrapped",
+    "sparsmith.methods.upcycle.modeling",
+)
+"""What a folder whose experts choose brings along; all other models of this method are stock ones."""
 _CONVERTING = ("experts", "top_k", "layers", "copy_noise", "router_init_std", "target")
 
 
 def _kinds(model: nn.Module) -> Any:
     """Name of a parameter -> `router`, `expert`, `dense`, or `idle` for what is there without effect."""
-    row = anatomy.anatomy_of(model)
-    config: Any = model.config
-    routers, experts, idle = set(), [], idle_names(config) if row.experts else frozenset()
+    row, base = anatomy.anatomy_of(model), anatomy.base_of(model)
+    config: Any = base.config
+    within = "" if base is model else "base."
+    routers, experts = set(), []
+    idle = frozenset(within + name for name in idle_names(config)) if row.experts else frozenset()
     for index, _ in sparse_blocks(model):
-        home = f"{row.blocks}.{index}.{row.ffn}"
+        home = f"{within}{row.blocks}.{index}.{row.ffn}"
         routers.add(f"{home}.{row.router}.weight")
         experts += [f"{home}.{row.experts}.", f"{home}.shared_expert"]
     prefixes = tuple(experts)

@@ -32,8 +32,9 @@ def plan(config: UpcycleConfig, base: Any, made: Any) -> MethodPlan:
     }
     grown = after.total_params - before.total_params
     added = {"expert": grown - sparse.router_params - idle, "router": sparse.router_params, "idle": idle}
+    by = f"expert choice of {sparse.top_k:g} per token" if config.choosing else f"top-{sparse.top_k} router"
     what = (
-        f"FFN -> {sparse.experts} experts of width {sparse.width}, top-{sparse.top_k} router ({config.moe.how}), "
+        f"FFN -> {sparse.experts} experts of width {sparse.width}, {by} ({config.moe.how}), "
         f"{type(made).__name__.removesuffix('Config')}"
     )
     return MethodPlan(
@@ -59,7 +60,7 @@ def _where(made: Any, blocks: tuple[int, ...]) -> str:
 def _floats(sparse: anatomy.SparseShape, width: int) -> int:
     """Kept for the backward beyond a dense FFN's four tensors: each taken expert's, and the sorted inputs and outputs."""
     each = 4 * sparse.width * sparse.top_k + 2 * sparse.hidden * sparse.top_k - 4 * width
-    return len(sparse.blocks) * each
+    return round(len(sparse.blocks) * each)
 
 
 def _dense_notes(shape: anatomy.ModelShape) -> tuple[str, ...]:
@@ -76,6 +77,13 @@ def _notes(config: UpcycleConfig, before: anatomy.ModelShape, after: anatomy.Mod
         notes.append(
             f"{before.total_params:,} parameters become {after.total_params:,}, of which {active:,} serve one token; the products of "
             f"its blocks cost {share:.2f}x the donor's" + ("" if share > 1.05 else ", a FLOP-matched twin")
+        )
+    if config.choosing:
+        how = config.moe.ec.train_select
+        notes.append(
+            f"expert choice: {sparse.top_k:g} experts take a token on average (moe.ec.capacity_factor), and active parameters and FLOPs "
+            f"are of that mean; a token that none takes has its most probable one. Training chooses by {how}, evaluation by thresholds "
+            "that are fitted meanwhile; the export has the model type sparsmith_ec and its own code, as no stock architecture computes it"
         )
     if config.copy_noise:
         notes.append(

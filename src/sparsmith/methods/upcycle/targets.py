@@ -7,10 +7,12 @@ attention, norms and positions are the donor's own; then the logits at step 0 ar
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 from sparsmith import anatomy
+from sparsmith.anatomy.experts import MEAN_TAKEN
 from sparsmith.anatomy.rows import base_config
 from sparsmith.errors import RefusedDonor
 from sparsmith.methods.upcycle.config import UpcycleConfig
@@ -166,7 +168,10 @@ def sparse_config(dense: Any, config: UpcycleConfig) -> Any:
     dense = base_config(dense)
     target = target_of(dense, config)
     values = {name: copy.deepcopy(getattr(dense, name)) for name in _SHARED if hasattr(dense, name)}
-    values |= {"num_experts_per_tok": config.top_k, "router_aux_loss_coef": 0.0, "output_router_logits": False}
+    if config.choosing:
+        values[MEAN_TAKEN] = config.moe.ec.capacity_factor
+    taken = math.ceil(config.moe.ec.capacity_factor) if config.choosing else config.top_k
+    values |= {"num_experts_per_tok": taken, "router_aux_loss_coef": 0.0, "output_router_logits": False}
     made = AutoConfig.for_model(target, **values, **_OWN[target](dense, config))
     made.architectures = [type_name(target)]
     made.dtype = dense.dtype

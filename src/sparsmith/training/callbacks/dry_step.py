@@ -61,9 +61,9 @@ class DryStep(TrainerCallback):
             reserved = self._reserve(args.device)
             self._step(batch)
             del reserved
-        for method, config in record_of(self._tuner.crafted).parts:
-            method.after_forward(self._tuner.crafted, config)
-            method.metrics(self._tuner.crafted, config)  # empties the window
+            for method, config in record_of(self._tuner.crafted).parts:
+                method.after_forward(self._tuner.crafted, config)  # may move buffers, which are put back
+                method.metrics(self._tuner.crafted, config)  # empties the window
 
     def _reserve(self, device: torch.device) -> Tensor | None:
         """As many bytes as the optimiser's state will take; a resumed optimiser has it already."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from sparsmith import ranks
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.crafting.record import record_of
 from sparsmith.ops.shards import whole
@@ -26,6 +28,7 @@ class Health(TrainerCallback):
         self._gradients: dict[str, torch.Tensor] = {}
         self.words = ""
         self.tables: dict[str, dict[str, Any]] = {}
+        self._warned: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # not earlier: sharding has put other parameters in the place of those that were crafted
@@ -50,9 +53,17 @@ class Health(TrainerCallback):
         for method, config in self._parts:
             metrics = method.metrics(self._model, config)
             words.append(method.health(metrics))
+            self._warn(method.warnings(metrics))
             self.tables[method.name] = {
                 name.removeprefix("table/"): value for name, value in metrics.items() if name.startswith("table/")
             }
             flat.update({f"{method.name}/{k}": float(v) for k, v in metrics.items() if not k.startswith("table/")})
         self.words = " ".join(filter(None, words))
         return flat
+
+    def _warn(self, told: Mapping[str, str]) -> None:
+        """Print what is told for the first time."""
+        for key, sentence in told.items():
+            if key not in self._warned and ranks.is_first():
+                print(f"warning: {sentence}")
+            self._warned.add(key)
