@@ -139,6 +139,8 @@ def _add_stages(schema: dict[str, Any]) -> None:
         "required": [key for key in whole if key not in schema["required"]],
         "properties": {key: {"required": keys} for key, keys in required.items() if keys},
     }
+    # what is trained on stands under one of two keys
+    schema["else"]["properties"]["data"] = {"anyOf": [{"required": ["train"]}, {"required": ["mixture"]}]}
 
 
 def _validated(tree: Tree, method_configs: MethodConfigs) -> Recipe | None:
