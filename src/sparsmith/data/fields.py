@@ -1,7 +1,7 @@
 """What the templates of a mixture's task are filled with: the fields of a row, as texts.
 
-A field is, in this order: one of `fixed`; one of `columns`; with a `format`, the row's prompt, completion or system message; the row's column of
-that name. A field that a row does not have is a fault of the row.
+A field is, in this order: one of `fixed`; one of `columns`; with a `format`, the row's prompt, completion or system message; the row's
+column of that name. A field that a row does not have is a fault of the row.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class LoadedData:
     """In the order of their first naming: training sources, then eval sources."""
     counts: dict[str, dict[str, dict[str, Any]]]
     """`train` and `eval` -> source -> read, rejected, filtered, limited, over_long, truncated, all_masked, kept,
-    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture, and `selection` where rows were cut for it; for a
-    mixture's task also `variants` (rows shown in each way), `shots` (worked examples) and `shots_pruned`.
+    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture, and `selection` where rows were cut for it;
+    for a mixture's task also `variants` (rows shown in each way), `shots` (worked examples) and `shots_pruned`.
 
     read = rejected + filtered + limited + over_long + all_masked + selection + kept."""
     fingerprints: dict[str, str]

@@ -105,9 +105,7 @@ class TokenSet:
         places = np.append(np.flatnonzero(self.trained), len(self.trained))
         return np.minimum(places[first], self.offsets[1:]) - self.offsets[:-1]
 
-    def fit(
-        self, max_length: int, over_long: str, max_input: int | None = None, max_target: int | None = None
-    ) -> None:
+    def fit(self, max_length: int, over_long: str, max_input: int | None = None, max_target: int | None = None) -> None:
         """Apply the limits, leave out rows without a trained token, and count both.
 
         Args:

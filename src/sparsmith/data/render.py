@@ -1,10 +1,11 @@
 """A mixture's rows -> questions and answers: variant, template, worked examples and style of options are drawn for each row.
 
-Every draw of a row comes from a stream of its own, named by the run's seed, the task and the row's own text. So a row reads the same in every run of
-one seed, whatever the number of workers, the order or a resume; only the worked examples also depend on which rows the task has.
+Every draw of a row comes from a stream of its own, named by the run's seed, the task and the row's own text. So a row reads the same in
+every run of one seed, whatever the number of workers, the order or a resume; only the worked examples also depend on which rows the task
+has.
 
-Worked examples are rows of the same task's training rows, never the row itself nor one that asks the same. They are left out, the last first,
-until the input fits.
+Worked examples are rows of the same task's training rows, never the row itself nor one that asks the same. They are left out, the last
+first, until the input fits.
 """
 
 from __future__ import annotations

@@ -178,9 +178,7 @@ def _example(
     return example
 
 
-def _task_example(
-    row: Row, result: RowSet, source: Source, columns: Columns, fields: TaskFields
-) -> Example | None:
+def _task_example(row: Row, result: RowSet, source: Source, columns: Columns, fields: TaskFields) -> Example | None:
     result.form = "templates"
     found = fields.read(row, columns)
     if not belongs([{"role": "user", "content": found.prompt}], source):

@@ -100,10 +100,13 @@ def _templates(tree: Tree, base_dir: Path, check_paths: bool) -> None:
         if task.get("options") is not None and not found.shows_options:
             expected = f"a set that shows them: `{name}` has no `{{options_}}`"
             tree.fault((*keys, "options"), "options, which have no effect here", expected, "Change one of the two.")
-        for field in task.get("fixed") if isinstance(task.get("fixed"), dict) else ():
+        fixed = task.get("fixed")
+        for field in fixed if isinstance(fixed, dict) else ():
             if field not in found.fields:
-                tree.fault((*keys, "fixed", field), "a field, which has no effect here", "a field of the templates",
-                           nearest(field, found.fields))
+                hint = nearest(field, found.fields)
+                tree.fault(
+                    (*keys, "fixed", field), "a field, which has no effect here", "a field of the templates", hint
+                )
 
 
 def _eval_every(tree: Tree) -> None:

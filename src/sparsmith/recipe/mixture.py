@@ -84,8 +84,8 @@ PAPER = {
     ),
     "dialog": PaperSubmixture(tasks=None, cap=200_000, rates={"flan2022-public": 3.0}, variants=OPTIONS_SHOWN),
 }
-"""The published sub-mixtures. `flan2022` has the rates of the published run, `flan2022-a` the other ones that it gives, `flan2022-public` those
-of the public collection, which adds dialogs. Which of them FLAN-MoE used is not told."""
+"""The published sub-mixtures. `flan2022` has the rates of the published run, `flan2022-a` the other ones that are told of it,
+`flan2022-public` those of the public collection, which adds dialogs. Which of them FLAN-MoE used is not told."""
 ALIASES = {"flan2021": "muffin"}
 
 
@@ -101,15 +101,18 @@ class TaskSource(Source):
     domain: Name | None = None  # type: ignore[assignment]
     """The group by which losses and expert load are told apart; absent = the sub-mixture's name."""
     columns: dict[str, str] = {}
-    """A template's field (`question`, `answer`, ...) -> a column, or a text such as `"{question}\\nOptions: {options}"`; a field that is not
-    named is the column of its name. With a `format`, our fields (`prompt`, `completion`, ...) as in `train`."""
+    """A template's field (`question`, `answer`, ...) -> a column, or a text such as `"{question} {context}"`; a field that is not named
+    is the column of its name. With a `format`, our fields (`prompt`, `completion`, ...) as in `train`."""
     templates: Text
-    """A set that ships with sparsmith (docs/mixtures.md lists them), or a YAML or JSON file of patterns, relative to the recipe's folder."""
+    """A set that ships with sparsmith (docs/mixtures.md lists them), or a YAML or JSON file of patterns, relative to the recipe's
+    folder."""
     options: str | tuple[str, ...] | None = None
-    """The column that holds the options (a list, or a text that carries them), or the fixed options; the field `answer` is one of them (or its
-    index, or letter). Templates show them at `{options_}`."""
+    """The column that holds the options (a list, or a text that carries them), or the fixed options; the field `answer` is one of them
+    (or its index, or letter). Templates show them at `{options_}`."""
     option_style: OptionStyle = "random"
     """How options are marked; `random` draws one for each row. Choose `letters` where a text of the row speaks of `(B)`."""
+    variants: Variants | None = None
+    """Absent = the sub-mixture's. A task whose question needs its options takes `{zs_opt: 1, fs_opt: 1}`."""
     fixed: dict[str, Text] = {}
     """Fields that are the same for every row, such as a task's definition."""
 
@@ -170,8 +173,8 @@ class MixtureSettings(StrictModel):
     fewshot_max: PositiveInt = 5
     """Most worked examples; their number is drawn from 1 to this."""
     max_input: Annotated[int, Field(ge=16)] = 2048
-    """Tokens of a row's input. Worked examples are left out, the last first, until the input is at most 15/16 of it (from 2048 on: 128 tokens
-    less), and the whole row at most `data.max_length`. A longer input is treated by `data.over_long`."""
+    """Tokens of a row's input. Worked examples are left out, the last first, until the input is at most 15/16 of it (from 2048 on: 128
+    tokens less), and the whole row at most `data.max_length`. A longer input is treated by `data.over_long`."""
     max_target: Annotated[int, Field(ge=2)] = 512
     """Tokens of a row's answer, its eos included. A longer one is treated by `data.over_long`."""
 
@@ -203,9 +206,9 @@ class MixtureSettings(StrictModel):
 
     def variants_of(self, task: str) -> Variants:
         """The variants of the task of that name."""
-        sub = next(sub for sub in self.submixtures if any(one.name == task for one in sub.tasks))
+        sub, found = next((sub, one) for sub in self.submixtures for one in sub.tasks if one.name == task)
         published = paper_submixture(sub.name)
-        return sub.variants or self.variants or (published.variants if published else EVEN)
+        return found.variants or sub.variants or self.variants or (published.variants if published else EVEN)
 
     def clashes(self) -> Iterable[Clash]:
         yield from self._rate_clashes()
@@ -215,11 +218,19 @@ class MixtureSettings(StrictModel):
                 found = f"`{name}` a second time"
                 yield Clash(f"submixtures.{index}.name", found, "a name of its own", "Rename it.")
         every = [self.variants_of(task.name) for task in self.tasks]
-        if self.variants and all(sub.variants for sub in self.submixtures):
-            found, unless = "`variants`, which has no effect here", "a sub-mixture without its own"
-            yield Clash("variants", found, unless, "Remove `variants`.")
+        yield from self._idle_variants()
         if not any(one.fs_opt or one.fs_noopt for one in every):
             yield from self.without_effect(["fewshot_max"], "a variant with worked examples")
+
+    def _idle_variants(self) -> Iterable[Clash]:
+        """Variants that every task below has for itself."""
+        needing = [sub for sub in self.submixtures if not all(task.variants for task in sub.tasks)]
+        found, mend = "`variants`, which has no effect here", "Remove `variants`."
+        if self.variants and all(sub.variants for sub in needing):
+            yield Clash("variants", found, "a sub-mixture without its own", mend)
+        for index, sub in enumerate(self.submixtures):
+            if sub.variants and sub not in needing:
+                yield Clash(f"submixtures.{index}.variants", found, "a task without its own", mend)
 
     def _rate_clashes(self) -> Iterable[Clash]:
         known = [name for name, one in PAPER.items() if self.preset in one.rates]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sparsmith.recipe.mixture import MixtureSettings, TaskSource
 from sparsmith.recipe.schema import Recipe
@@ -59,7 +59,7 @@ def with_absolute_paths(recipe: RecipeT, base_dir: Path) -> RecipeT:
         return source.model_copy(update={"path": absolute(source.path, base_dir)})
 
     def with_data(part):
-        sides = {"train": tuple(map(moved, part.data.train)), "eval": tuple(map(moved, part.data.eval))}
+        sides: dict[str, Any] = {"train": tuple(map(moved, part.data.train)), "eval": tuple(map(moved, part.data.eval))}
         if part.data.mixture is not None:
             sides["mixture"] = _mixture_at(part.data.mixture, base_dir)
         return {"data": part.data.model_copy(update=sides)}

@@ -13,7 +13,16 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializeAsAny
 
 from sparsmith.recipe.mixture import MixtureSettings
-from sparsmith.recipe.sources import EvalSource, Name, NonNegativeFloat, PositiveInt, Source, Text, TrainSource, as_label
+from sparsmith.recipe.sources import (
+    EvalSource,
+    Name,
+    NonNegativeFloat,
+    PositiveInt,
+    Source,
+    Text,
+    TrainSource,
+    as_label,
+)
 from sparsmith.recipe.strict import Clash, StrictModel
 
 __all__ = [
@@ -107,7 +116,6 @@ class DataSettings(StrictModel):
                     yield Clash(f"train.{index}.{clash.key}", clash.found, clash.expected, clash.mend)
         if self.train and not any(source.rate for source in self.train):
             yield Clash("train.0.rate", "no source with a rate above 0", "at least one", "Raise a rate.")
-
 
     def _mixture_clashes(self, mixture: MixtureSettings) -> Iterable[Clash]:
         if self.train:

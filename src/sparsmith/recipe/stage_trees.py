@@ -15,7 +15,6 @@ from sparsmith.recipe.schema import Recipe
 from sparsmith.recipe.staged import GROUPS, Outline, Stage, StagedRecipe, name_of
 from sparsmith.recipe.yaml_tree import Path, Tree, dotted
 
-
 IN_PLACE_OF = {"train": "mixture", "mixture": "train"}
 """Of `data`: keys of which a stage's own takes the place of the top level's other."""
 

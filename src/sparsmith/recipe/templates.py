@@ -5,8 +5,8 @@
       - {input: "{question}\\n\\n{options_}", target: "{answer}"}
       - {input: "Q: {question}\\n{options_}\\nA:", target: "{answer}", join: " ", between: "\\n"}
 
-A pattern holds text and fields, `{name}`, and nothing else: no attributes, indices, formats or conversions, so that a file cannot reach past the
-texts of a row. `{options_}` is where the options stand. `{{` and `}}` are braces. What a field holds is put in as it stands; braces in
+A pattern holds text and fields, `{name}`, and nothing else: no attributes, indices, formats or conversions, so that a file cannot reach
+past the texts of a row. `{options_}` is where the options stand. `{{` and `}}` are braces. What a field holds is put in as it stands; braces in
 it are text.
 """
 
