@@ -6,8 +6,8 @@
       - {input: "Q: {question}\\n{options_}\\nA:", target: "{answer}", join: " ", between: "\\n"}
 
 A pattern holds text and fields, `{name}`, and nothing else: no attributes, indices, formats or conversions, so that a file cannot reach
-past the texts of a row. `{options_}` is where the options stand. `{{` and `}}` are braces. What a field holds is put in as it stands; braces in
-it are text.
+past the texts of a row. `{options_}` is where the options stand; `{{` and `}}` are braces. What a field holds is put in as it stands;
+braces in it are text.
 """
 
 from __future__ import annotations
