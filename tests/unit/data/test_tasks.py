@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,6 @@ def test_options_and_examples_as_the_variant_says(home, variant):
         number = int(place.split(":")[1]) - 1
         right = COLOURS[number % 4]
         assert f"pick {number}?" in asked
-        assert (asked.count("?") > 2) == variant.startswith("fs") or asked.count("pick ") == 1
         assert (asked.count("pick ") > 1) == variant.startswith("fs")
         assert all(colour in asked for colour in COLOURS) or variant.endswith("noopt")
         if variant.endswith("noopt"):
@@ -159,8 +159,7 @@ def test_worked_examples_are_other_rows_of_the_same_task_s_training_side(home):
         if name != "sums":
             continue
         own = rows[int(place.split(":")[1]) - 1]["question"].strip().lower()
-        told = [word for word in asked.lower().replace('"', " ").split() if word.startswith("q") and word.endswith("?")]
-        told = [word for word in told if word != "q:"]
+        told = re.findall(r"q\d\d\?", asked.lower())
         assert told[-1] == own and own not in told[:-1] and 1 <= len(told) - 1 <= 5
         assert len(set(told)) == len(told)
         assert set(told) <= {question.strip().lower() for question in train}
@@ -238,11 +237,13 @@ def test_twins_workers_and_cache_give_the_same_bytes(home, monkeypatch):
 def test_a_row_s_rendering_is_its_own(home):
     """Rows that come before it, and the tasks beside it, change nothing of a row without worked examples."""
     made = mixture(variants={"zs_opt": 1, "zs_noopt": 1})
-    before = {(name, asked, said) for name, _, asked, said in texts(loaded(task_settings(home, made), home))}
+    before = {
+        (name, asked, said) for name, _, asked, said in texts(loaded(task_settings(home, made), home, rows_needed=120))
+    }
     lines = (home / "sums.jsonl").read_text()
     (home / "sums.jsonl").write_text('{"question": "new?", "answer": "1", "rationale": "So."}\n' + lines)
     made["submixtures"] = made["submixtures"][:1]
-    after = texts(loaded(task_settings(home, made), home))
+    after = texts(loaded(task_settings(home, made), home, rows_needed=25))
     kept = {(name, asked, said) for name, _, asked, said in after if "new?" not in asked}
     assert len(kept) == 24 and kept <= before
 
@@ -298,10 +299,10 @@ def test_labels_of_the_input_change_nothing(home):
         assert ids[0, -1] == TOKENIZER.eos_token_id
         with torch.no_grad():
             out = model(input_ids=ids, labels=labels, use_cache=False)
+            seen = model(input_ids=ids, labels=ids, use_cache=False).loss
         hand = torch.stack([-out.logits[0, p - 1].log_softmax(-1)[ids[0, p]] for p in range(start, ids.shape[1])])
         assert float(out.loss) == pytest.approx(float(hand.mean()), abs=1e-5)
-        full = model(input_ids=ids, labels=ids, use_cache=False).loss  # proves that the input's labels would be seen
-        assert abs(float(full) - float(out.loss)) > 1e-4
+        assert abs(float(seen) - float(out.loss)) > 1e-4  # labels of the input would have been seen
 
 
 # --- bad rows and bad settings ---------------------------------------------------------------------------------------
