@@ -96,7 +96,7 @@ def test_held_out_rows_are_drawn_by_one_prompt(home):
              "columns": {"prompt": "question", "completion": "answer"}}
         ],
     )  # fmt: skip
-    with pytest.raises(RecipeErrors, match="Give both sources the same `columns.prompt`"):
+    with pytest.raises(RecipeErrors, match=r"Give both sources the same `columns\.prompt`"):
         opened(home, made)
     columns["prompt"] = "question"
     opened(home, made)
@@ -132,5 +132,5 @@ def test_a_stage_may_have_rows_in_place_of_the_mixture(home):
     loaded = opened(home, made)
     assert loaded.stages[0].data.mixture is None and loaded.stages[1].data.train == ()
     made["stages"][1]["data"] = {"train": rows}
-    with pytest.raises(RecipeErrors, match="data.mixture: found .* no effect"):
+    with pytest.raises(RecipeErrors, match=r"data\.mixture: found .* no effect"):
         opened(home, made)
