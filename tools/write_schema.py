@@ -26,7 +26,7 @@ def table_text() -> str:
     # what a recipe without stages must hold; with them it may stand at the top or in the stages
     alone: dict[str, Any] = {"recipe": schema["else"]["required"]}
     for key, told in schema["else"]["properties"].items():
-        alone[schema["properties"][key]["$ref"].rsplit("/", 1)[1]] = told["required"]
+        alone[schema["properties"][key]["$ref"].rsplit("/", 1)[1]] = told.get("required", [])
     head = "# Keys of a recipe\n\nWritten by `make schema` from the settings classes.\n"
     return head + "".join(_group(name, group, alone.get(name, [])) for name, group in groups.items())
 
@@ -47,6 +47,8 @@ def _group(name: str, group: dict[str, Any], alone: list[str]) -> str:
             default = "required" if key in required else "required (with `stages`, here or in them)"
         if name == "recipe" and key in ("methods", "stages"):
             default = "one of `methods` and `stages`"
+        if name == "DataSettings" and key in ("train", "mixture"):
+            default = "one of `train` and `mixture`"
         meaning = " ".join(field.get("description", "").split())
         lines.append(f"| `{key}` | {_kind(field)} | {default} | {meaning} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"

@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsmith.data import load_data
 from sparsmith.data.collate import Collator
+from tests.kit.evalsets import char_tokenizer
 from tests.kit.pico import FAMILIES, pico_model
+from tests.kit.tasks import mixture, task_settings, write_tasks
 
 LENGTHS = [11, 3, 24, 7, 1, 16, 9, 5]
 LIMIT = 1e-5
+
+
+def rows_of_tasks(folder) -> list[dict]:
+    """Rows of an instruction mixture, worked examples included, through the real reader."""
+    write_tasks(folder)
+    settings = task_settings(folder, mixture(variants={"zs_opt": 1, "fs_opt": 1}, fewshot_max=2))
+    data = load_data(settings, char_tokenizer(), seed=1, base_dir=folder, rows_needed=8)
+    return [data.train[index] | {"sample_ids": index} for index in range(8)]
 
 
 def rows() -> list[dict]:
@@ -22,7 +33,7 @@ def rows() -> list[dict]:
     return result
 
 
-def losses(model, batch) -> dict[tuple[int, int], float]:
+def losses(model, batch, known: list[dict] | None = None) -> dict[tuple[int, int], float]:
     """Token loss by (row, position in the row)."""
     names = ("input_ids", "position_ids", "attention_mask")
     with torch.no_grad():
@@ -30,7 +41,7 @@ def losses(model, batch) -> dict[tuple[int, int], float]:
     target = batch["labels"][:, 1:]
     each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), target, reduction="none")
     result = {}
-    row_by_ids = {tuple(row["input_ids"].tolist()): row["sample_ids"] for row in rows()}
+    row_by_ids = {tuple(row["input_ids"].tolist()): row["sample_ids"] for row in known or rows()}
     starts = [(b, s) for b, s in (batch["position_ids"] == 0).nonzero().tolist() if batch["token_mask"][b, s]]
     for b, s in starts:
         stop = s + 1
@@ -76,3 +87,15 @@ def test_a_cache_switches_the_detection_off():
             for cache in (False, True)
         )
     assert float((right - wrong).abs().max()) > 1e-2
+
+
+def test_packed_rows_of_a_mixture_have_the_loss_they_have_alone(tmp_path):
+    known, model = rows_of_tasks(tmp_path), pico_model("llama").eval()
+    alone: dict = {}
+    for row in known:
+        alone |= losses(model, Collator(0, packing=False)([row]), known)
+    batch = Collator(0, True, 512)(known)
+    assert batch["input_ids"].shape[0] < len(known)
+    packed = losses(model, batch, known)
+    assert alone.keys() == packed.keys() and len({row for row, _ in alone}) == len(known)
+    assert max(abs(alone[key] - packed[key]) for key in alone) <= LIMIT

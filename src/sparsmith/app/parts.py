@@ -16,7 +16,7 @@ def load_base(recipe: Recipe) -> Any:
     """The base; of a classifier with the names of its classes, and a class head from the run's seed where it has none."""
     from sparsmith.crafting.base_model import load_base as load
 
-    named = (source.label_names for source in recipe.data.train)
+    named = (source.label_names for source in recipe.data.sources)
     labels = next((names for names in named if names), ())
     return load(recipe.model, labels=labels, seed=recipe.train.seed)
 

@@ -2,7 +2,8 @@
 
 The way of a row: `files` (bytes, gzip, fingerprints) -> `read_json` / `read_table` / `hub` (rows with file and line) ->
 `columns` and `messages` (what the row says, or why it is bad) -> `tokens` / `chat` (ids, and which of them are trained) ->
-`prepare` (parallel, cached) -> `mixture` (order) -> `load` (the data set) -> `collate` (packed tensors).
+`prepare` (parallel, cached) -> `mixture` (order) -> `load` (the data set) -> `collate` (packed tensors). Rows of a mixture's task take
+`fields` (what templates are filled with) and `render` (question and answer) in place of `messages`.
 """
 
 from __future__ import annotations

@@ -15,17 +15,23 @@ from typing import Any
 
 from sparsmith.data.rows import RowFault, kind_of
 from sparsmith.errors import DataError, nearest
+from sparsmith.recipe.mixture import TaskSource
+from sparsmith.recipe.sources import Source
 
 OUR_FIELDS = ("prompt", "completion", "system", "text", "messages", "instruction", "input", "output")
 _STEP = re.compile(r"\[(\d+)\]|\.([^.\[\]]+)")
 
 
 class Columns:
-    """The compiled `columns` of one source."""
+    """The compiled `columns` of one source.
 
-    def __init__(self, mapping: Mapping[str, str], source: str) -> None:
+    Args:
+        any_field: the fields are those of templates, and not of the formats that the reader knows.
+    """
+
+    def __init__(self, mapping: Mapping[str, str], source: str, any_field: bool = False) -> None:
         for ours in mapping:
-            if ours not in OUR_FIELDS:
+            if ours not in OUR_FIELDS and not any_field:
                 raise DataError(
                     f"{source}:columns", f"the field `{ours}`", "a field of ours", nearest(ours, OUR_FIELDS)
                 )
@@ -43,6 +49,11 @@ class Columns:
 
     def __contains__(self, ours: str) -> bool:
         return ours in self.mapping
+
+    @classmethod
+    def of(cls, source: Source) -> Columns:
+        """Those of a source."""
+        return cls(source.columns, source.name, any_field=isinstance(source, TaskSource) and source.format == "auto")
 
     @property
     def positional(self) -> bool:

@@ -67,7 +67,7 @@ def families_of(source: Source) -> dict[str, str]:
 
 def training_sources(settings: DataSettings) -> tuple[TrainSource, ...]:
     """Every source that the settings train on; one whose rate is 0 is never drawn from."""
-    return tuple(source for source in settings.train if source.rate > 0)
+    return tuple(source for source in settings.sources if getattr(source, "rate", 1.0) > 0)
 
 
 def shared_families(source: Source, trained: Iterable[Source], presets: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -81,7 +81,8 @@ class LoadedData:
     """In the order of their first naming: training sources, then eval sources."""
     counts: dict[str, dict[str, dict[str, Any]]]
     """`train` and `eval` -> source -> read, rejected, filtered, limited, over_long, truncated, all_masked, kept,
-    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture, and `selection` where rows were cut for it.
+    tokens, trained_tokens, format, domain, and for training sources `share` of the mixture, and `selection` where rows were cut for it;
+    for a mixture's task also `variants` (rows shown in each way), `shots` (worked examples) and `shots_pruned`.
 
     read = rejected + filtered + limited + over_long + all_masked + selection + kept."""
     fingerprints: dict[str, str]
@@ -153,8 +154,8 @@ def load_data(
     _refuse_twins(settings)
     encoder = make_encoder(tokenizer, settings.template, settings.loss_on, classes)
     cache_dir = base_dir / Path(settings.cache).expanduser() if settings.cache else cache.default_dir()
-    domains = list(dict.fromkeys(source.domain for source in (*settings.train, *settings.eval)))
-    sources = settings.train if rows_needed != 0 else ()
+    domains = list(dict.fromkeys(source.domain for source in (*settings.sources, *settings.eval)))
+    sources = settings.sources if rows_needed != 0 else ()
     sets = [prepare(source, source.domain, settings, encoder, base_dir, seed, cache_dir) for source in sources]
     held_out = {s.name: load_eval(s, domains.index(s.domain), settings, encoder, base_dir) for s in settings.eval}
 
@@ -191,12 +192,16 @@ def _stream(
 ) -> TrainRows:
     if not sets:
         return TrainRows([], [], np.zeros(0, np.int64), np.zeros(0, np.int64))
-    parts = mixture.parts_of(settings.train, [len(one) for one in sets])
-    for one, share in zip(sets, mixture.shares(parts, settings.mixing)):
+    rows = [len(one) for one in sets]
+    if settings.mixture is not None:
+        parts, mixing = mixture.parts_of_tasks(settings.mixture, rows), "rates"
+    else:
+        parts, mixing = mixture.parts_of(settings.train, rows), settings.mixing
+    for one, share in zip(sets, mixture.shares(parts, mixing)):
         one.counts["share"] = float(share)
     length = rows_needed if rows_needed is not None else max(1, round((epochs or 1.0) * mixture.epoch_rows(parts)))
-    source, row = mixture.stream(parts, settings.mixing, seed, length)
-    return TrainRows(sets, [domains.index(one.domain) for one in settings.train], source, row)
+    source, row = mixture.stream(parts, mixing, seed, length)
+    return TrainRows(sets, [domains.index(one.domain) for one in settings.sources], source, row)
 
 
 def _merged(maps: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -204,8 +209,8 @@ def _merged(maps: Sequence[dict[str, str]]) -> dict[str, str]:
 
 
 def _refuse_twins(settings: DataSettings) -> None:
-    for group in ("train", "eval"):
-        names = [source.name for source in getattr(settings, group)]
+    for group, sources in (("train", settings.sources), ("eval", settings.eval)):
+        names = [source.name for source in sources]
         for name in names:
             if names.count(name) > 1:
                 raise RecipeError(

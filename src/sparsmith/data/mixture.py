@@ -9,11 +9,12 @@ Inside a source each pass is a new permutation: no row comes twice before all ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sparsmith.errors import DataError
+from sparsmith.recipe.mixture import MixtureSettings
 from sparsmith.recipe.schema import TrainSource
 from sparsmith.seeds import numpy_generator
 
@@ -37,6 +38,20 @@ class Part:
 def parts_of(sources: Sequence[TrainSource], rows: Sequence[int]) -> list[Part]:
     """The recipe's sources with their numbers of rows."""
     return [Part(source.name, source.domain, count, source.rate, source.cap) for source, count in zip(sources, rows)]
+
+
+def parts_of_tasks(mixture: MixtureSettings, rows: Sequence[int]) -> list[Part]:
+    """A mixture's tasks, with rates that are their shares: rate of the sub-mixture x min(rows, cap) / the sum of that inside it."""
+    left = iter(rows)
+    total = sum(mixture.rate_of(sub) for sub in mixture.submixtures)
+    parts: list[Part] = []
+    for sub in mixture.submixtures:
+        cap = mixture.cap_of(sub)
+        inside = [Part(task.name, task.domain or sub.name, next(left), 1.0, cap) for task in sub.tasks]
+        weight = sum(part.size for part in inside)
+        share = mixture.rate_of(sub) / total
+        parts += [replace(part, rate=share * part.size / weight) for part in inside]
+    return parts
 
 
 def shares(parts: Sequence[Part], mixing: str) -> np.ndarray:

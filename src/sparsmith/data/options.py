@@ -25,7 +25,7 @@ def find_options(
     wanted: str | tuple[str, ...], values: Mapping[str, Any], columns: Columns
 ) -> tuple[dict[str, Any], tuple[str, ...], Columns]:
     """(values with the reference written as an option, the options, the columns to read them with)."""
-    options = wanted if not isinstance(wanted, str) else _of_column(wanted, look_up(wanted, values))
+    options = options_of(wanted, values)
     if len(options) < 2:
         raise RowFault(f"{len(options)} options", "at least two", "Mend the row.", "options")
     field = next((ours for ours in ("completion", "output") if ours in columns), None)
@@ -35,6 +35,19 @@ def find_options(
         value = look_up(next((name for name in NAMES["output"] if name in values), "completion"), values)
     reference, options = _reference(value, options)
     return {**values, REFERENCE: reference}, options, columns.reading_answer_from(REFERENCE)
+
+
+def options_of(wanted: str | tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options of a row: the fixed ones, or those that the column holds."""
+    return wanted if not isinstance(wanted, str) else _of_column(wanted, look_up(wanted, values))
+
+
+def without_options(text: str) -> str:
+    """The text without the block of options at its end (`Options:` and one per line)."""
+    heads = list(_HEAD.finditer(text))
+    if not heads or "\n\n" in text[heads[-1].end() :].strip("\n"):
+        return text
+    return text[: heads[-1].start()].rstrip()
 
 
 def _of_column(name: str, value: Any) -> tuple[str, ...]:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from sparsmith.data import cache
+from sparsmith.data.render import Rendering, encode_task
 from sparsmith.data.rows import Reject, RowFault, reject
 from sparsmith.data.sources import Example, OpenSource, RowSet, open_source, read_rows
 from sparsmith.data.tokens import TokenRow, tokenizer_hash
 from sparsmith.data.workers import encode_all
 from sparsmith.errors import DataError
+from sparsmith.recipe.mixture import TaskSource
 from sparsmith.recipe.schema import DataSettings, Source
 
 FORMAT_VERSION = 1
@@ -45,7 +47,8 @@ class TokenSet:
     fingerprints: dict[str, str]
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """(kept rows,) int64, the rows that `fit` left."""
-    max_length: int = 0
+    stops: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(rows,) int64, where each row ends once it is cut; `fit` sets it."""
     labels: np.ndarray | None = None
     """(rows,) int32, the class of each row of a classifier."""
     ending: tuple[int, ...] = ()
@@ -55,9 +58,9 @@ class TokenSet:
         return len(self.kept)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, trained) of the kept row `index`, cut to `max_length`."""
-        start, stop = self.offsets[self.kept[index]], self.offsets[self.kept[index] + 1]
-        whole, stop = stop, min(stop, start + self.max_length)
+        """(ids, trained) of the kept row `index`, cut as `fit` says."""
+        start, whole = self.offsets[self.kept[index]], self.offsets[self.kept[index] + 1]
+        stop = self.stops[self.kept[index]]
         ids = self.ids[start:stop]
         if stop < whole and self.ending:
             ids = np.concatenate([ids[: -len(self.ending)], np.array(self.ending, ids.dtype)])
@@ -87,33 +90,41 @@ class TokenSet:
         return f"{self.files[self.file_index[raw]]}:{self.lines[raw]}"
 
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and trained tokens of each kept row, cut to `max_length`."""
-        tokens, trained = self._all_sizes(self.max_length)
+        """Tokens and trained tokens of each kept row, cut as `fit` says."""
+        tokens, trained = self._all_sizes()
         return tokens[self.kept], trained[self.kept]
 
-    def _all_sizes(self, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    def _all_sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """As `sizes`, of rows that are not kept too."""
         running = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        stops = np.minimum(self.offsets[1:], self.offsets[:-1] + max_length)
-        return stops - self.offsets[:-1], running[stops] - running[self.offsets[:-1]]
+        return self.stops - self.offsets[:-1], running[self.stops] - running[self.offsets[:-1]]
 
-    def fit(self, max_length: int, over_long: str) -> None:
-        """Apply `max_length`, leave out rows without a trained token, and count both."""
-        lengths = np.diff(self.offsets)
-        long = lengths > max_length
+    def inputs(self) -> np.ndarray:
+        """(rows,) int64: tokens before the first trained one."""
+        first = np.searchsorted(np.flatnonzero(self.trained), self.offsets[:-1])
+        places = np.append(np.flatnonzero(self.trained), len(self.trained))
+        return np.minimum(places[first], self.offsets[1:]) - self.offsets[:-1]
+
+    def fit(self, max_length: int, over_long: str, max_input: int | None = None, max_target: int | None = None) -> None:
+        """Apply the limits, leave out rows without a trained token, and count both.
+
+        Args:
+            max_input, max_target: tokens before and from the first trained one; None = no such limit.
+        """
+        lengths, inputs = np.diff(self.offsets), self.inputs()
+        room = np.full(len(lengths), max_length, np.int64)
+        if max_target is not None:
+            room = np.minimum(room, inputs + max_target)
+        if max_input is not None:  # an input that is cut leaves no answer
+            room = np.where(inputs > max_input, np.minimum(room, max_input), room)
+        long = lengths > room
         if over_long == "stop" and long.any():
-            raw = int(np.argmax(long))
-            where = f"{self.files[self.file_index[raw]]}:{self.lines[raw]}"
-            raise DataError(
-                where,
-                f"a row of {lengths[raw]} tokens",
-                f"at most {max_length}",
-                "Raise data.max_length, or set data.over_long.",
-            )
-        used, trained = self._all_sizes(max_length)
+            self._stop_at(int(np.argmax(long)), max_length, max_input, max_target)
+        self.stops = np.minimum(self.offsets[1:], self.offsets[:-1] + room)
+        used, trained = self._all_sizes()
         kept = np.ones(len(lengths), bool) if over_long == "truncate" else ~long
         masked = kept & (trained == 0) & (self.labels is None)
-        self.kept, self.max_length = np.flatnonzero(kept & ~masked), max_length
+        self.kept = np.flatnonzero(kept & ~masked)
         self.counts.update(
             over_long=int(long.sum()) if over_long != "truncate" else 0,
             truncated=int((long & ~masked).sum()) if over_long == "truncate" else 0,
@@ -123,12 +134,27 @@ class TokenSet:
             trained_tokens=int(trained[self.kept].sum()),
         )
 
+    def _stop_at(self, raw: int, max_length: int, max_input: int | None, max_target: int | None) -> None:
+        start, stop = self.offsets[raw], self.offsets[raw + 1]
+        where = f"{self.files[self.file_index[raw]]}:{self.lines[raw]}"
+        length, before = int(stop - start), int(self.inputs()[raw])
+        found, most, key = f"a row of {length} tokens", max_length, "data.max_length"
+        if max_input is not None and before > max_input:
+            found, most, key = f"an input of {before} tokens", max_input, "data.mixture.max_input"
+        elif max_target is not None and length - before > max_target:
+            found, most, key = f"an answer of {length - before} tokens", max_target, "data.mixture.max_target"
+        raise DataError(where, found, f"at most {most}", f"Raise {key}, or set data.over_long.")
+
 
 def prepare(
     source: Source, domain: str, settings: DataSettings, encoder: Any, base_dir: Path, seed: int, cache_dir: Path | None
 ) -> TokenSet:
     """The token arrays of a source, from the cache where they are there whole."""
     opened = open_source(source, base_dir)
+    mixture = settings.mixture
+    rendering = None
+    if mixture is not None and isinstance(source, TaskSource):
+        rendering = Rendering.of(mixture, source, base_dir, settings.max_length, seed)
     key = cache.key_of(
         FORMAT_VERSION,
         opened.fingerprints,
@@ -138,18 +164,21 @@ def prepare(
         settings.template,
         settings.loss_on,
         *([] if encoder.classes is None else [encoder.classes]),
+        *([] if rendering is None else rendering.key),
     )
     stored = cache.read(cache_dir, key) if cache_dir else None
-    result = (
-        _unpack(source.name, stored, opened) if stored else _encode(source, settings, encoder, base_dir, seed, opened)
-    )
+    if stored:
+        result = _unpack(source.name, stored, opened)
+    else:
+        result = _encode(source, settings, encoder, base_dir, seed, opened, rendering)
     if not stored and cache_dir:
         cache.write(cache_dir, key, _pack(result))
     if result.rejects and (source.on_bad_row or settings.on_bad_row) == "stop":
         raise result.rejects[0].error
     result.counts["domain"] = domain
     result.ending = encoder.ending
-    result.fit(settings.max_length, settings.over_long)
+    limits = (mixture.max_input, mixture.max_target) if mixture is not None else ()
+    result.fit(settings.max_length, settings.over_long, *limits)
     if not len(result):
         raise DataError(
             source.path,
@@ -177,11 +206,22 @@ def encode_rows(
 
 
 def _encode(
-    source: Source, settings: DataSettings, encoder: Any, base_dir: Path, seed: int, opened: OpenSource
+    source: Source,
+    settings: DataSettings,
+    encoder: Any,
+    base_dir: Path,
+    seed: int,
+    opened: OpenSource,
+    rendering: Rendering | None = None,
 ) -> TokenSet:
-    rows = read_rows(source, settings.on_bad_row, base_dir, seed, opened, encoder.classes)
+    fields = None if rendering is None else rendering.fields()
+    rows = read_rows(source, settings.on_bad_row, base_dir, seed, opened, encoder.classes, fields)
     stop = (source.on_bad_row or settings.on_bad_row) == "stop"
-    encoded = encode_rows(rows.rows, rows.rejects, encoder, settings, stop)
+    drawn: dict[str, Any] = {}
+    if rendering is None:
+        encoded = encode_rows(rows.rows, rows.rejects, encoder, settings, stop)
+    else:
+        encoded, drawn = encode_task(rendering, rows.rows, rows.rejects, encoder, settings.workers, stop)
     files = sorted({example.file for example, _ in encoded})
     number = {file: index for index, file in enumerate(files)}
     lengths = [len(row.ids) for _, row in encoded]
@@ -194,7 +234,7 @@ def _encode(
         file_index=np.array([number[example.file] for example, _ in encoded], np.int32),
         files=files,
         rejects=rows.rejects,
-        counts=read_counts(rows),
+        counts=read_counts(rows) | drawn,
         fingerprints=rows.fingerprints,
         labels=None if encoder.classes is None else np.array([example.label for example, _ in encoded], np.int32),
     )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from sparsmith.data import hub, read_json, read_table
 from sparsmith.data.classes import find_label
 from sparsmith.data.columns import Columns, look_up
+from sparsmith.data.fields import TaskFields, TaskRow
 from sparsmith.data.files import list_files, missing_file, read_bytes, without_mark
 from sparsmith.data.heldout import belongs
 from sparsmith.data.messages import Messages, find_format, to_messages
@@ -32,6 +33,8 @@ class Example:
     """For rank classification; the assistant's last message is one of them."""
     label: int | None = None
     """The class, of a classifier's row; the assistant's last message is its name."""
+    fields: TaskRow | None = None
+    """Of a mixture's task: what its templates are filled with. Its messages are made from that."""
 
 
 @dataclass
@@ -64,7 +67,7 @@ class OpenSource:
 def open_source(source: Source, base_dir: Path | str = ".") -> OpenSource:
     """Find and read the files of a source."""
     path = Path(base_dir) / Path(source.path).expanduser()
-    columns = Columns(source.columns, source.name)
+    columns = Columns.of(source)
     if (path.is_dir() and hub.is_saved_dataset(path)) or (
         not path.exists() and hub.looks_like_hub_id(source.path) and not _is_name(path)
     ):
@@ -104,6 +107,7 @@ def read_rows(
     seed: int = 42,
     opened: OpenSource | None = None,
     classes: int | None = None,
+    fields: TaskFields | None = None,
 ) -> RowSet:
     """Read a source whole.
 
@@ -111,6 +115,7 @@ def read_rows(
         on_bad_row: `stop` raises the first bad row's `DataError`; `skip` collects them (`source.on_bad_row` comes first).
         seed: of the order from which `limit` takes its rows (the rows taken stay in file order).
         classes: of a classifier's rows how many there are; each must then have one of them.
+        fields: reads the rows of a mixture's task; their messages are made later, by templates.
 
     Raises:
         DataError: a bad row, or a file that is missing, damaged or holds no good row.
@@ -118,10 +123,10 @@ def read_rows(
     stop = (source.on_bad_row or on_bad_row) == "stop"
     opened = opened or open_source(source, base_dir)
     result = RowSet(source.name, fingerprints=opened.fingerprints, form=source.format)
-    columns = Columns(source.columns, source.name)
+    columns = Columns.of(source)
     for row in _all_rows(opened):
         result.read += 1
-        example = row if isinstance(row, Reject) else _example(row, result, source, columns, classes)
+        example = row if isinstance(row, Reject) else _example(row, result, source, columns, classes, fields)
         if isinstance(example, Example):
             result.rows.append(example)
         elif isinstance(example, Reject):
@@ -142,13 +147,20 @@ def _all_rows(opened: OpenSource) -> Iterator[Row | Reject]:
 
 
 def _example(
-    row: Row, result: RowSet, source: Source, columns: Columns, classes: int | None = None
+    row: Row,
+    result: RowSet,
+    source: Source,
+    columns: Columns,
+    classes: int | None = None,
+    fields: TaskFields | None = None,
 ) -> Example | Reject | None:
     """The example of a row, the reject, or None where `where` or `part` leaves it out."""
     try:
         if not all(_matches(key, wanted, row.values) for key, wanted in source.where.items()):
             result.filtered += 1
             return None
+        if fields is not None:
+            return _task_example(row, result, source, columns, fields)
         if result.form == "auto":
             result.form = find_format(row.values, columns)
         wanted_options = getattr(source, "options", None)
@@ -164,6 +176,15 @@ def _example(
         result.filtered += 1
         return None
     return example
+
+
+def _task_example(row: Row, result: RowSet, source: Source, columns: Columns, fields: TaskFields) -> Example | None:
+    result.form = "templates"
+    found = fields.read(row, columns)
+    if not belongs([{"role": "user", "content": found.prompt}], source):
+        result.filtered += 1
+        return None
+    return Example(row.file, row.line, [], fields=found)
 
 
 def _matches(key: str, wanted: Any, values: Mapping[str, Any]) -> bool:

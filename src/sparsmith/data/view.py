@@ -74,7 +74,11 @@ class DataView:
         heads = ("use", "source", "domain", "format", "share", *COUNTS)
         table = [heads, *(tuple(_cell(record.get(head)) for head in heads) for record in self.counts)]
         widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
-        lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)]
+        lines += [
+            *_drawn(self.counts),
+            "",
+            *("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table),
+        ]
         return "\n".join([*lines, *self.rejects])
 
     def __rich__(self) -> Group:
@@ -101,6 +105,7 @@ class DataView:
                 *(Text(_cell(record.get(head))) for head in ("use", "source", "domain", "format", "share", *COUNTS))
             )
         parts.append(table)
+        parts += [Text(line, style="dim") for line in _drawn(self.counts)]
         return Group(*parts, *(Text(line, style="yellow") for line in self.rejects))
 
 
@@ -171,6 +176,17 @@ def _domains(data: LoadedData) -> dict[str, dict[str, int]]:
         for name in total:
             total[name] += record[name]
     return result
+
+
+def _drawn(counts: tuple[dict[str, Any], ...]) -> list[str]:
+    """A line for each task of a mixture: in which ways its rows are shown."""
+    return [
+        f"{record['source']}: "
+        + ", ".join(f"{name} {count:,}" for name, count in record["variants"].items())
+        + f"; {record['shots']:,} worked examples, {record['shots_pruned']:,} left out for length"
+        for record in counts
+        if "variants" in record
+    ]
 
 
 def _cell(value: Any) -> str:

@@ -3,13 +3,14 @@ faulty."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsmith.errors import nearest
+from sparsmith.errors import RecipeError, RecipeErrors, nearest
 from sparsmith.recipe import paths
+from sparsmith.recipe.entries import protocol_entries, source_entries, task_entries
 from sparsmith.recipe.faults import show
+from sparsmith.recipe.templates import is_file_name, load_templates
 from sparsmith.recipe.yaml_tree import Path as Keys
 from sparsmith.recipe.yaml_tree import Tree
 
@@ -26,41 +27,18 @@ def check(tree: Tree, base_dir: Path, check_paths: bool, splits: Splits | None =
     _unique_names(tree)
     _no_leak(tree, {} if splits is None else splits)
     _eval_every(tree)
+    _templates(tree, base_dir, check_paths)
     if check_paths:
         _model_path(tree, base_dir)
-        for keys, source in (*_sources(tree), *_protocol_sources(tree)):
+        for keys, source in (*source_entries(tree), *protocol_entries(tree)):
             _source_path(tree, keys, source, base_dir)
         _output(tree, base_dir)
-
-
-def _sources(tree: Tree, groups: tuple[str, ...] = ("train", "eval")) -> Iterator[tuple[Keys, dict[str, Any]]]:
-    for group in groups:
-        entries = tree.get(("data", group))
-        for index, source in enumerate(entries if isinstance(entries, list) else []):
-            if isinstance(source, dict):
-                yield ("data", group, index), source
-
-
-def _protocol_sources(tree: Tree) -> Iterator[tuple[Keys, dict[str, Any]]]:
-    """Those of single tasks and of continued pre-training."""
-    tasks = tree.get(("protocol", "tasks"))
-    for index, task in enumerate(tasks if isinstance(tasks, list) else []):
-        for side in ("train", "eval"):
-            if isinstance(task, dict) and isinstance(task.get(side), dict):
-                yield ("protocol", "tasks", index, side), task[side]
-    sides = tree.get(("protocol", "sides"))
-    for name, side in (sides if isinstance(sides, dict) else {}).items():
-        start = side.get("start") if isinstance(side, dict) else None
-        rows = start.get("train") if isinstance(start, dict) else None
-        for index, source in enumerate(rows if isinstance(rows, list) else []):
-            if isinstance(source, dict):
-                yield ("protocol", "sides", name, "start", "train", index), source
 
 
 def _unique_names(tree: Tree) -> None:
     for group in ("train", "eval"):
         first: dict[str, str] = {}
-        for keys, source in _sources(tree, (group,)):
+        for keys, source in source_entries(tree, (group,)):
             name = source.get("name")
             if isinstance(name, str) and name in first:
                 mend = f"Rename it; the first stands at {first[name]}."
@@ -71,7 +49,7 @@ def _unique_names(tree: Tree) -> None:
 
 def _no_leak(tree: Tree, splits: Splits) -> None:
     """A file that is split by `heldout` anywhere must be split in the same way everywhere."""
-    for keys, source in (*_sources(tree), *_protocol_sources(tree)):
+    for keys, source in (*source_entries(tree), *protocol_entries(tree)):
         path, share = source.get("path"), source.get("heldout", 0.0)
         if not isinstance(path, str) or not isinstance(share, int | float):
             continue
@@ -80,6 +58,55 @@ def _no_leak(tree: Tree, splits: Splits) -> None:
             found = f"`{share}` (at {place}: `{known}`)"
             expected = "one share for every source of this file, or evaluation rows would be trained on"
             tree.fault((*keys, "heldout"), found, expected, "Give both sources the same `heldout`.")
+    _one_prompt(tree)
+
+
+def _one_prompt(tree: Tree) -> None:
+    """The side of a task's row is drawn from `columns.prompt`, so that another source of the file must read the same text."""
+    for keys, task in task_entries(tree):
+        mine = _prompt_of(task)
+        if not task.get("heldout") or mine is None:
+            continue
+        for other_keys, other in source_entries(tree, ("eval",)):
+            theirs = _prompt_of(other)
+            if other.get("path") == task.get("path") and other.get("heldout") and theirs not in (None, mine):
+                expected = f"{show(theirs)}, by which {tree.place(other_keys)} draws its side"
+                mend = "Give both sources the same `columns.prompt`."
+                tree.fault((*keys, "columns", "prompt"), show(mine), expected, mend)
+
+
+def _prompt_of(source: dict[str, Any]) -> Any:
+    columns = source.get("columns")
+    return columns.get("prompt") if isinstance(columns, dict) else None
+
+
+def _templates(tree: Tree, base_dir: Path, check_paths: bool) -> None:
+    """The template files of a mixture's tasks: each is read whole, and its faults are told with the recipe's."""
+    told = set()
+    for keys, task in task_entries(tree):
+        name = task.get("templates")
+        if not isinstance(name, str) or not name or (is_file_name(name) and not check_paths):
+            continue
+        try:
+            found = load_templates(name, base_dir)
+        except RecipeErrors as errors:
+            for fault in errors.faults:
+                if fault.where == name:  # the set as a whole; the rest names its line of the file
+                    tree.fault((*keys, "templates"), f"`{name}`: {fault.found}", fault.expected, fault.mend)
+                elif (fault.where, fault.found) not in told:
+                    told.add((fault.where, fault.found))
+                    tree.faults.append(RecipeError(fault.where, fault.found, fault.expected, fault.mend))
+            continue
+        if task.get("options") is not None and not found.shows_options:
+            expected = f"a set that shows them: `{name}` has no `{{options_}}`"
+            tree.fault((*keys, "options"), "options, which have no effect here", expected, "Change one of the two.")
+        fixed = task.get("fixed")
+        for field in fixed if isinstance(fixed, dict) else ():
+            if field not in found.fields:
+                hint = nearest(field, found.fields)
+                tree.fault(
+                    (*keys, "fixed", field), "a field, which has no effect here", "a field of the templates", hint
+                )
 
 
 def _eval_every(tree: Tree) -> None:
@@ -156,7 +183,7 @@ def _output(tree: Tree, base_dir: Path) -> None:
         tree.fault(keys, f"{show(text)}, which is {output}", expected, "Choose a new folder, such as runs/first.")
         return
     inputs: list[tuple[Keys, Any]] = [(("model", "path"), tree.get(("model", "path")))]
-    inputs += [((*source_keys, "path"), source.get("path")) for source_keys, source in _sources(tree)]
+    inputs += [((*source_keys, "path"), source.get("path")) for source_keys, source in source_entries(tree)]
     for input_keys, value in inputs:
         if not isinstance(value, str) or value == paths.EMBEDDED or not paths.exists(paths.resolve(value, base_dir)):
             continue

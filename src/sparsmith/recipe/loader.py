@@ -17,7 +17,6 @@ from sparsmith.errors import RecipeError, RecipeErrors, SparsmithError
 from sparsmith.recipe.checks import Splits, check
 from sparsmith.recipe.faults import report
 from sparsmith.recipe.overrides import apply_overrides
-from sparsmith.recipe.protocol import ProtocolSettings
 from sparsmith.recipe.schema import Recipe
 from sparsmith.recipe.stage_trees import load_stages
 from sparsmith.recipe.staged import Outline, StagedRecipe, StageOutline
@@ -140,6 +139,8 @@ def _add_stages(schema: dict[str, Any]) -> None:
         "required": [key for key in whole if key not in schema["required"]],
         "properties": {key: {"required": keys} for key, keys in required.items() if keys},
     }
+    # what is trained on stands under one of two keys
+    schema["else"]["properties"]["data"] = {"anyOf": [{"required": ["train"]}, {"required": ["mixture"]}]}
 
 
 def _validated(tree: Tree, method_configs: MethodConfigs) -> Recipe | None:
@@ -174,8 +175,7 @@ def _recipe_class(methods: tuple[tuple[str, type[StrictModel]], ...]) -> type[Ba
 
     entries = tuple[AnyMethod, ...]
     inherited = Recipe.model_fields["methods"]
-    protocol: Any = (ProtocolSettings | None, Recipe.model_fields["protocol"])
-    return create_model("RecipeOfMethods", __base__=Recipe, methods=(entries, inherited), protocol=protocol)
+    return create_model("RecipeOfMethods", __base__=Recipe, methods=(entries, inherited))
 
 
 def _plain(value: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from sparsmith.recipe.mixture import MixtureSettings, TaskSource
 from sparsmith.recipe.schema import Recipe
 from sparsmith.recipe.staged import StagedRecipe
+from sparsmith.recipe.templates import is_file_name
 
 RecipeT = TypeVar("RecipeT", bound=Recipe | StagedRecipe)
 
@@ -57,7 +59,9 @@ def with_absolute_paths(recipe: RecipeT, base_dir: Path) -> RecipeT:
         return source.model_copy(update={"path": absolute(source.path, base_dir)})
 
     def with_data(part):
-        sides = {"train": tuple(map(moved, part.data.train)), "eval": tuple(map(moved, part.data.eval))}
+        sides: dict[str, Any] = {"train": tuple(map(moved, part.data.train)), "eval": tuple(map(moved, part.data.eval))}
+        if part.data.mixture is not None:
+            sides["mixture"] = _mixture_at(part.data.mixture, base_dir)
         return {"data": part.data.model_copy(update=sides)}
 
     def with_protocol(settings):
@@ -80,3 +84,16 @@ def with_absolute_paths(recipe: RecipeT, base_dir: Path) -> RecipeT:
         stages = tuple(stage.model_copy(update=with_data(stage)) for stage in recipe.stages)
         return recipe.model_copy(update={**update, "stages": stages})
     return recipe.model_copy(update={**update, **with_data(recipe), "protocol": with_protocol(recipe.protocol)})
+
+
+def _mixture_at(mixture: MixtureSettings, base_dir: Path) -> MixtureSettings:
+    """The mixture with absolute paths of rows and of templates."""
+
+    def moved(task: TaskSource) -> TaskSource:
+        templates = task.templates
+        if is_file_name(templates):
+            templates = str(resolve(templates, base_dir).resolve())
+        return task.model_copy(update={"path": absolute(task.path, base_dir), "templates": templates})
+
+    parts = tuple(sub.model_copy(update={"tasks": tuple(map(moved, sub.tasks))}) for sub in mixture.submixtures)
+    return mixture.model_copy(update={"submixtures": parts})

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sparsmith.errors import nearest
-from sparsmith.recipe.schema import EvalSource, Name, PositiveInt, Text, TrainSource
+from sparsmith.recipe.sources import EvalSource, Name, PositiveInt, Text, TrainSource
 from sparsmith.recipe.strict import Clash, StrictModel
 
 Rate = Annotated[float, Field(gt=0)]

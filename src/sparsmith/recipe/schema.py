@@ -8,21 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from sparsmith.errors import nearest
+from sparsmith.recipe.mixture import MixtureSettings
+from sparsmith.recipe.protocol import ProtocolSettings
+from sparsmith.recipe.sources import (
+    EvalSource,
+    Name,
+    NonNegativeFloat,
+    PositiveInt,
+    Source,
+    Text,
+    TrainSource,
+    as_label,
+)
 from sparsmith.recipe.strict import Clash, StrictModel
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=64)]
-"""A word that can also be a part of a file name: letters, digits and `_ . + -`."""
-Text = Annotated[str, Field(min_length=1)]
-
-COLUMN_FIELDS = ("prompt", "completion", "system", "text", "messages", "instruction", "input", "output")
-"""What `columns` may map: the fields of the formats that the reader knows."""
+__all__ = [
+    "DataSettings",
+    "EvalSource",
+    "MixtureSettings",
+    "ModelSettings",
+    "Name",
+    "NonNegativeFloat",
+    "PositiveInt",
+    "ProofSettings",
+    "Recipe",
+    "SelectSettings",
+    "Source",
+    "Text",
+    "TrainSettings",
+    "TrainSource",
+    "as_label",
+]
 
 
 class ModelSettings(StrictModel):
@@ -52,100 +72,11 @@ class ModelSettings(StrictModel):
             yield from self.without_effect(["num_labels"], "task seq_cls")
 
 
-class Source(StrictModel):
-    """One file (or hub data set) of rows."""
-
-    name: Name
-    domain: Name
-    """The group by which losses and expert load are told apart."""
-    path: Text
-    """File, folder or hub data set; relative to the recipe's folder."""
-    columns: dict[str, str] = {}
-    """Our field (`prompt`, `completion`, `system`, `text`, `messages`) -> a column, or a template such as
-    `"{question}\\nOptions: {options}"`."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
-    split: str | None = None
-    """Split of a hub data set; in a folder, the part of a file's name that picks the files."""
-    limit: PositiveInt | None = None
-    """Use the first `limit` rows of the seeded order."""
-    where: dict[str, Any] = {}
-    """Keep only rows whose column equals the value (or one of a list; or `[low, high]` under the key `column:range`)."""
-    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the rows that are kept for evaluation when one file serves both. A row's side is drawn from a hash of its prompt
-    alone: the same in every run, and rows with equal prompts are on one side. Give the same share at both sources."""
-    part: Literal["all", "train", "heldout"] = "all"
-    """Which side of the `heldout` split this source reads; needs `heldout`."""
-    on_bad_row: Literal["stop", "skip"] | None = None
-    """Overrides `data.on_bad_row` for this source."""
-    labels: tuple[str | bool, ...] | None = None
-    """With task seq_cls: the names of the classes as this source's completions write them, in the order of their numbers; absent = the
-    completions are the numbers, from 0. The first training source that has them names the classes of the model."""
-    family: Text | None = None
-    """The data set that the rows come from, whatever their form (`gsm8k`), or a mixture of them (`p3`, `niv2`, `flan2022`): what is
-    evaluated on a family that is trained on counts as seen. Default: looked up by `name`."""
-    licence: Text | None = None
-    """Licence of the rows; told in the report and the model card."""
-
-    @property
-    def label_names(self) -> tuple[str, ...] | None:
-        """`labels` as text: YAML reads `true` as a boolean."""
-        return None if self.labels is None else tuple(map(as_label, self.labels))
-
-    def clashes(self) -> Iterable[Clash]:
-        if self.heldout and self.part == "all":
-            yield Clash("part", "nothing", "`train` or `heldout`, as heldout is set", "Add `part`.")
-        if self.part != "all" and not self.heldout:
-            yield Clash("heldout", "nothing", f"the share to split by, as part is `{self.part}`", "Add `heldout: 0.1`.")
-        names = self.label_names or ()
-        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            yield Clash("labels", f"`{name}` twice", "a name for each class", "Rename one of them.")
-        for field in self.columns:
-            if field not in COLUMN_FIELDS:
-                yield Clash(
-                    "columns." + field,
-                    f"the unknown field `{field}`",
-                    "a field of a row",
-                    nearest(field, COLUMN_FIELDS),
-                )
-
-
-def as_label(value: Any) -> str:
-    """A class's name as text."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-class TrainSource(Source):
-    rate: NonNegativeFloat = 1.0
-    """Weight in the mixture, multiplied by min(rows, cap) unless `data.mixing` is `rates`."""
-    cap: PositiveInt | None = None
-    """At most this many rows count for the mixture weight."""
-
-
-class EvalSource(Source):
-    metrics: tuple[Literal["loss", "rank", "exact_match"], ...] = ("loss",)
-    """With task seq_cls `loss` alone, which brings the accuracy with it."""
-    options: str | tuple[str, ...] | None = None
-    """For `rank`: the column that holds the list of options, or the fixed options themselves."""
-    extractor: Literal["exact", "first_line", "last_number", "after_marker", "first_word"] = "exact"
-    """For `exact_match`: what of the generated text is the answer (the same is applied to the reference)."""
-    marker: str = "####"
-    """For `after_marker`."""
-    max_new_tokens: PositiveInt = 64
-
-    def clashes(self) -> Iterable[Clash]:
-        yield from super().clashes()
-        if "rank" in self.metrics and self.options is None:
-            yield Clash("options", "nothing", "the options to rank, as metrics has rank", "Add `options`.")
-        if "rank" not in self.metrics:
-            yield from self.without_effect(["options"], "rank among the metrics")
-        if "exact_match" not in self.metrics:
-            yield from self.without_effect(["extractor", "marker", "max_new_tokens"], "exact_match among the metrics")
-        elif self.extractor != "after_marker":
-            yield from self.without_effect(["marker"], "extractor after_marker")
-
-
 class DataSettings(StrictModel):
-    train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    train: tuple[TrainSource, ...] = ()
+    """What is trained on, as the rows stand. Exactly one of `train` and `mixture`."""
+    mixture: MixtureSettings | None = None
+    """In place of `train`: tasks in sub-mixtures, each row rendered by a template."""
     eval: tuple[EvalSource, ...] = ()
     template: Text | None = None
     """Prompt text with the fields `{system}` and `{prompt}`; `chat` = the tokenizer's chat template; absent = the chat template
@@ -166,7 +97,16 @@ class DataSettings(StrictModel):
     cache: Text | None = None
     """Folder of the token cache; default: the user's cache folder."""
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The training sources: those of `train`, or the tasks of `mixture` with their domains filled in."""
+        return self.train if self.mixture is None else self.mixture.tasks
+
     def clashes(self) -> Iterable[Clash]:
+        if not self.train and self.mixture is None:
+            yield Clash("train", "nothing", "at least one source, or a `mixture`", "Add `train`.")
+        if self.mixture is not None:
+            yield from self._mixture_clashes(self.mixture)
         if self.template is not None and self.template != "chat":
             fault = _template_fault(self.template)
             if fault:
@@ -177,6 +117,19 @@ class DataSettings(StrictModel):
                     yield Clash(f"train.{index}.{clash.key}", clash.found, clash.expected, clash.mend)
         if self.train and not any(source.rate for source in self.train):
             yield Clash("train.0.rate", "no source with a rate above 0", "at least one", "Raise a rate.")
+
+    def _mixture_clashes(self, mixture: MixtureSettings) -> Iterable[Clash]:
+        if self.train:
+            yield Clash("mixture", "`mixture` beside `train`", "one of the two", "Remove one of them.")
+        if self.loss_on != "response":
+            mend = "Remove `loss_on`: of a rendered row the answer alone is learned."
+            yield Clash("loss_on", f"`{self.loss_on}`", "response, as `mixture` is set", mend)
+        yield from self.without_effect(["mixing"], "sources under `train`: a mixture has rates of its own")
+        for key, value in (("max_input", mixture.max_input), ("max_target", mixture.max_target)):
+            if mixture.changed(key) and value > self.max_length:
+                found = f"`{value}`, which has no effect here"
+                expected = f"at most max_length, which is {self.max_length} tokens for input and target together"
+                yield Clash(f"mixture.{key}", found, expected, "Raise data.max_length, or remove the key.")
 
 
 def _template_fault(template: str) -> str:
@@ -294,5 +247,5 @@ class Recipe(StrictModel):
     output: Text
     """The run's folder; relative to the working folder."""
     proof: ProofSettings = ProofSettings()
-    protocol: SerializeAsAny[StrictModel] | None = None
-    """Sides and tasks of `sparsmith protocol flan-moe` (`recipe/protocol.py`); the other verbs pass over it."""
+    protocol: ProtocolSettings | None = None
+    """Sides and tasks of `sparsmith protocol flan-moe`; the other verbs pass over it."""

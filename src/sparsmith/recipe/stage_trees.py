@@ -15,6 +15,9 @@ from sparsmith.recipe.schema import Recipe
 from sparsmith.recipe.staged import GROUPS, Outline, Stage, StagedRecipe, name_of
 from sparsmith.recipe.yaml_tree import Path, Tree, dotted
 
+IN_PLACE_OF = {"train": "mixture", "mixture": "train"}
+"""Of `data`: keys of which a stage's own takes the place of the top level's other."""
+
 
 class StageTree(Tree):
     """One stage on top of the recipe's own groups."""
@@ -27,7 +30,8 @@ class StageTree(Tree):
             own = self.stage.get(group)
             if isinstance(own, dict):
                 above = data.get(group)
-                data[group] = {**(above if isinstance(above, dict) else {}), **own}
+                left = _without_replaced(above, own) if isinstance(above, dict) else {}
+                data[group] = {**left, **own}
         if "methods" in self.stage:
             data["methods"] = self.stage["methods"]
         super().__init__(whole.name, data)
@@ -52,6 +56,11 @@ class StageTree(Tree):
 
     def where(self, path: Path) -> str:
         return f"{self.place(path)}: {dotted(self.origin(path))}"
+
+
+def _without_replaced(above: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The top level's keys without that in whose place the stage has another."""
+    return {key: value for key, value in above.items() if IN_PLACE_OF.get(key) not in own or key in own}
 
 
 def load_stages(
@@ -109,7 +118,7 @@ def _without_effect(tree: Tree, entries: list[dict[str, Any]]) -> None:
         if not isinstance(above, dict) or not above:
             continue
         own = [set(entry[group]) if isinstance(entry.get(group), dict) else set() for entry in entries]
-        idle = [key for key in above if all(key in keys for keys in own)]
+        idle = [key for key in above if all(key in keys or IN_PLACE_OF.get(key) in keys for keys in own)]
         expected = "a setting that at least one stage leaves out"
         if len(idle) == len(above):
             tree.fault((group,), f"`{group}`, which has no effect here", expected, f"Remove `{group}`.")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from sparsmith.recipe.entries import entries, source_entries
 from sparsmith.recipe.yaml_tree import Path as Keys
 from sparsmith.recipe.yaml_tree import Tree
 
@@ -26,7 +27,7 @@ def check_task(tree: Tree, tasks_of: TasksOf | None) -> None:
 
 
 def _methods(tree: Tree, task: str, tasks_of: TasksOf) -> None:
-    for keys, entry in _entries(tree, ("methods",)):
+    for keys, entry in entries(tree, ("methods",)):
         name = entry.get("method")
         tasks = tasks_of(name) if isinstance(name, str) else ()
         if tasks and task not in tasks:
@@ -36,7 +37,7 @@ def _methods(tree: Tree, task: str, tasks_of: TasksOf) -> None:
 
 
 def _labels(tree: Tree, classes: Any, classifies: bool) -> None:
-    for keys, source in _sources(tree):
+    for keys, source in source_entries(tree):
         labels = source.get("labels")
         if labels is None:
             continue
@@ -48,6 +49,9 @@ def _labels(tree: Tree, classes: Any, classifies: bool) -> None:
 
 
 def _data(tree: Tree) -> None:
+    if tree.get(("data", "mixture")) is not None:
+        found, expected = "`mixture`", "sources under `train`: the tasks of a mixture are answered in words"
+        tree.fault(("data", "mixture"), found, expected, "Remove `mixture`, or `model.task`.")
     if tree.get(("data", "packing")) is True:
         found, expected = "`true`", "false, as each text of a classifier is a row of its own with one class"
         tree.fault(("data", "packing"), found, expected, "Remove `packing`.")
@@ -56,7 +60,7 @@ def _data(tree: Tree) -> None:
     if tree.get(("data", "template")) == "chat":
         found, expected = "`chat`", "a text with {prompt}, as a classifier reads a text and no conversation"
         tree.fault(("data", "template"), found, expected, "Write the template in the recipe, or remove it.")
-    for keys, source in _sources(tree):
+    for keys, source in source_entries(tree):
         metrics = source.get("metrics")
         for index, metric in enumerate(metrics if isinstance(metrics, list) else []):
             if metric in ("rank", "exact_match"):
@@ -67,15 +71,3 @@ def _data(tree: Tree) -> None:
 def _without_effect(tree: Tree, keys: Keys, unless: str) -> None:
     name = keys[-1]
     tree.fault(keys, f"`{name}`, which has no effect here", unless, f"Remove `{name}`, or meet the condition.")
-
-
-def _sources(tree: Tree) -> Iterator[tuple[Keys, dict[str, Any]]]:
-    for group in ("train", "eval"):
-        yield from _entries(tree, ("data", group))
-
-
-def _entries(tree: Tree, keys: Keys) -> Iterator[tuple[Keys, dict[str, Any]]]:
-    entries = tree.get(keys)
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        if isinstance(entry, dict):
-            yield (*keys, index), entry
