@@ -19,7 +19,7 @@ from sparsmith.data.family_table import (
     SUBMIXTURES,
 )
 from sparsmith.errors import UsageError, nearest
-from sparsmith.recipe.schema import DataSettings, Source, TrainSource
+from sparsmith.recipe.schema import DataSettings, Source
 
 _NIV2_NUMBER = re.compile(r"(?:^|[^A-Za-z0-9])task(\d+)(?!\d)", re.IGNORECASE)
 
@@ -65,7 +65,7 @@ def families_of(source: Source) -> dict[str, str]:
     return {tag: tag, **{family: f"{family} (in {tag})" for family in inside}}
 
 
-def training_sources(settings: DataSettings) -> tuple[TrainSource, ...]:
+def training_sources(settings: DataSettings) -> tuple[Source, ...]:
     """Every source that the settings train on; one whose rate is 0 is never drawn from."""
     return tuple(source for source in settings.sources if getattr(source, "rate", 1.0) > 0)
 

@@ -25,10 +25,12 @@ from sparsmith.data.evalsets import LIMIT_SEED
 from sparsmith.data.families import shared_families, tag_of, training_sources
 from sparsmith.data.messages import Messages
 from sparsmith.data.overlap_report import WORDS, Kind, Meeting, OverlapReport, SetOverlap
+from sparsmith.data.plain_tasks import read_task
 from sparsmith.data.plain_words import FlatWords, WordHashes, normalised, words
 from sparsmith.data.rows import one_line
 from sparsmith.data.sources import Example, read_rows
-from sparsmith.recipe.schema import DataSettings, EvalSource, TrainSource
+from sparsmith.recipe.mixture import TaskSource
+from sparsmith.recipe.schema import DataSettings, EvalSource, Source
 
 PHRASE = 6
 """Words of a phrase; one that many rows hold is (part of) an instruction."""
@@ -56,7 +58,7 @@ class _Place(NamedTuple):
 class Trained:
     """A training source, and what its rows depend on besides."""
 
-    source: TrainSource
+    source: Source
     seed: int = 42
     """Of the run; picks the rows of a `limit`."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -110,7 +112,10 @@ def find_overlap(
     search = _Search(held)
     known = dict.fromkeys(tags.trained, 0)
     for one in _distinct(trained):
-        rows = read_rows(one.source, one.on_bad_row, base_dir, one.seed, classes=classes)
+        if isinstance(one.source, TaskSource):
+            rows = read_task(one.source, one.on_bad_row, base_dir, one.seed)
+        else:
+            rows = read_rows(one.source, one.on_bad_row, base_dir, one.seed, classes=classes)
         files.update(rows.fingerprints)
         search.look_up(one.source.name, rows.rows)
         known[one.source.name] += len(rows.rows)
@@ -125,6 +130,7 @@ def find_overlap(
 
 
 _ROWS_OF = {"name", "path", "columns", "format", "split", "limit", "where", "heldout", "part", "labels", "family"}
+_ROWS_OF |= {"templates", "options", "fixed"}  # of a mixture's task
 
 
 def fingerprint_of(trained: Sequence[Trained], evaluated: Sequence[EvalSource], presets: Sequence[str] = ()) -> str:
