@@ -127,6 +127,7 @@ def plan(
     settings = merged_settings(pairs, anatomy.shape_of(crafted))
     lora = lora_parameters_of(settings, anatomy.of(crafted), anatomy.shape_of(crafted))
     trained = _by_role(plans, lora)
+    whole = tuple(f"`{method.name}`, {reason}" for method, c in pairs if (reason := method.unsharded(c)))
     added = sum(sum(p.added.values()) for p in plans)
     total = shape.total_params + added - sum(p.removed for p in plans)
     count = sum(trained.values())
@@ -165,8 +166,8 @@ def plan(
             "trainer_checkpoint": count * 4 + load.optimizer,
             "export": round(total * BYTES["bfloat16" if quant != "none" else dtype]),
         },
-        notes=tuple(note for p in plans for note in p.notes),
-        per_rank=memory_per_rank(load),
+        notes=(*(note for p in plans for note in p.notes), *(f"not for FSDP2: {what}" for what in whole)),
+        per_rank={layout: rows for layout, rows in memory_per_rank(load).items() if layout != "fsdp2" or not whole},
     )
 
 

@@ -67,3 +67,9 @@ def test_the_plan_tells_it_as_data_and_as_a_table():
     assert data["fsdp2"]["64"]["total"] == plan.per_rank["fsdp2"][64].total
     assert [list(data[layout]) for layout in ("ddp", "fsdp2", "qlora")] == [["1", "8", "64"]] * 3
     assert "QLoRA" in str(plan) and "64 GPUs" in str(plan)
+
+
+def test_what_cannot_be_sharded_has_no_such_row():
+    plan = sm.plan(pico_config(), sm.FineGatesConfig(target=0.8))
+    assert set(plan.per_rank) == {"ddp", "qlora"} and any("not for FSDP2: `finegates`" in note for note in plan.notes)
+    assert "fsdp2" in sm.plan(pico_config(), sm.PescConfig(num_experts=4, adapter_dim=16)).per_rank
