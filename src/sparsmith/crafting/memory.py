@@ -81,5 +81,11 @@ def activation_bytes(
     return round(tokens * (kept + head))
 
 
+def adapted_bytes(weights: int, blocks: int, dtype: str, checkpointing: bool) -> int:
+    """Bytes of the sums of stacked experts and their LoRA: every sparse block keeps its own for the backward (with checkpointing one block at
+    a time has it), and one block's gradient stands beside them. `weights`: of one block."""
+    return round(((1 if checkpointing else blocks) + 1) * weights * BYTES[dtype]) if weights else 0
+
+
 def optimizer_bytes(trained: int, optimizer: str) -> int:
     return round(trained * OPTIMIZER_BYTES.get(optimizer, 8))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsmith import anatomy
 from sparsmith.crafting.compose import check_base, check_composition
-from sparsmith.crafting.lora_count import lora_parameters_of, merged_settings
+from sparsmith.crafting.lora_count import adapted_weights, adapts_experts, lora_parameters_of, merged_settings
 from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, optimizer_bytes, weight_bytes
 from sparsmith.crafting.memory_per_rank import Load, RankMemory, memory_per_rank
 from sparsmith.crafting.plan_text import plan_renderable, plan_text
@@ -22,6 +22,7 @@ from sparsmith.methods.base import MethodConfig, MethodPlan, ModuleChange
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import ModelShape
+    from sparsmith.methods.base import LoraSettings
     from sparsmith.recipe.schema import Recipe
 
 
@@ -128,8 +129,10 @@ def plan(
     for method, c in pairs:  # each sees what the one before it leaves
         plans.append(method.plan_for(c, crafted))
         crafted = method.crafted_config(c, crafted)
-    settings = merged_settings(pairs, anatomy.shape_of(crafted))
-    lora = lora_parameters_of(settings, anatomy.of(crafted), anatomy.shape_of(crafted))
+    made, experts = anatomy.shape_of(crafted), adapts_experts(pairs)
+    settings = merged_settings(pairs, made)
+    linears, stacked = lora_parameters_of(settings, anatomy.of(crafted), made, experts)
+    lora, adapted = linears + stacked, adapted_weights(settings, anatomy.of(crafted), made, experts)
     trained = _by_role(plans, lora)
     added = sum(sum(p.added.values()) for p in plans)
     total = shape.total_params + added - sum(p.removed for p in plans)
@@ -148,6 +151,8 @@ def plan(
         max_length=max_length,
         batch_size=batch_size or micro_batch,
         micro_batch=micro_batch,
+        adapted_weights=adapted,
+        adapted_blocks=len(made.sparse.blocks) if made.sparse else 0,
     )
     return Plan(
         base=name,
@@ -163,7 +168,14 @@ def plan(
             optimizer=load.optimizer,
             activations={case: load.activations(micro_batch, quant, share) for case, share in LENGTH_SHARE.items()},
         ),
-        flops=_flops(shape, plans, lora, max_length // 2, any(method.trains_base(c) for method, c in pairs)),
+        flops=_flops(
+            shape,
+            plans,
+            linears,
+            max_length // 2,
+            any(method.trains_base(c) for method, c in pairs),
+            _adapting(shape, made, adapted, settings, micro_batch * max_length // 2),
+        ),
         disk={
             "delta": count * 4,
             "trainer_checkpoint": count * 4 + load.optimizer,
@@ -216,7 +228,21 @@ def _check_length(recipe: Recipe, shape: ModelShape) -> None:
         )
 
 
-def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool) -> Flops:
+def _adapting(shape: ModelShape, made: ModelShape, adapted: int, lora: LoraSettings | None, tokens: int) -> int:
+    """FLOPs per token of training that a LoRA on stacked experts takes beside theirs, in forwards of so many tokens.
+
+    The gradient of the summed weights passes as if the experts themselves trained (2 per weight that serves the token; for a model that is
+    made of a dense one, what its experts add to the dense FFN counts thrice already), and all experts' sums are made once per forward
+    (2 r per weight) and passed backward to both factors.
+    """
+    if not adapted or lora is None or made.sparse is None:
+        return 0
+    taken = 1 if shape.sparse is None else made.sparse.top_k
+    serving = adapted * taken // made.sparse.experts
+    return len(made.sparse.blocks) * (2 * serving + 6 * lora.r * adapted // max(tokens, 1))
+
+
+def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool, adapting: int) -> Flops:
     """Forward: 2 per weight of blocks and head, and 4 * heads * head_dim per attended token and block (scores, values).
 
     Training: the frozen weights are passed forward and once backward (to their inputs), or not at all backward where every method says
@@ -227,8 +253,8 @@ def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: i
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)
     tuned = added + sum(p.flops_tuning for p in plans)
-    passes = 3 if whole else 2 if any(p.base_backward for p in plans) or lora else 1
-    return Flops(base, base + added, passes * base + 3 * tuned + 6 * lora, context)
+    passes = 3 if whole else 2 if any(p.base_backward for p in plans) or lora or adapting else 1
+    return Flops(base, base + added, passes * base + 3 * tuned + 6 * lora + adapting, context)
 
 
 def config_of(base: Any, task: str | None, classes: int | None) -> tuple[str, Any]:

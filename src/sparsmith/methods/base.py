@@ -38,7 +38,8 @@ class LoraSettings(StrictModel):
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear` = the attention and FFN linears that the anatomy names; or a list of those names."""
+    """`all-linear` = the attention and FFN linears that the anatomy names, and the stacked experts where the method adapts them; or a list
+    of their names."""
 
     def clashes(self) -> Iterable[Clash]:
         if not self.enabled:
@@ -368,6 +369,11 @@ class Method:
     def asks_lora(self, config: Any) -> bool:
         """False where the settings hold a LoRA that this way of tuning does not use."""
         return True
+
+    def adapts_experts(self, config: Any) -> bool:
+        """True where the LoRA that the method asks for goes on the stacked experts of every sparse block too, as a pair of factors for each
+        expert; its `targets` may then name the stacked tensors. Such a LoRA has no dropout."""
+        return False
 
     def lora(self, config: Any, shape: ModelShape | None = None) -> LoraSettings | None:
         """The LoRA that crafting must inject after every method has grafted its modules, or None. Its size may depend on the model's
