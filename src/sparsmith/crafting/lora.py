@@ -77,10 +77,11 @@ def lora_config(model: nn.Module, settings: LoraSettings, experts: bool = False)
 
 def inject_lora(model: PreTrainedModel, settings: LoraSettings, seed: int, experts: bool = False) -> None:
     """Put the LoRA in, with weights from its own stream, in float32."""
+    config = lora_config(model, settings, experts)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _no_family(model.config):
         torch.manual_seed(stream_seed(seed, "lora.init"))
-        model.add_adapter(lora_config(model, settings, experts), adapter_name=ADAPTER)
+        model.add_adapter(config, adapter_name=ADAPTER)
     for _, parameter in lora_parameters(model):
         parameter.data = parameter.data.float()
 
