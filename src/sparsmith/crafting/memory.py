@@ -48,9 +48,12 @@ def weight_bytes(shape: ModelShape, added: int, dtype: str, quant: str) -> int:
 
 
 def quantised_weights(shape: ModelShape) -> int:
-    """Weights that NF4 packs: those of the blocks' plain linears. Experts, which are stacked in one tensor, stay as they are."""
+    """Weights that NF4 packs: those of the blocks' plain linears, a shared expert's among them. Experts, which are stacked in one tensor,
+    stay as they are."""
     attention = sum(i * o for i, o in shape.attention_linears.values())
-    return shape.layers * attention + shape.dense_blocks * sum(i * o for i, o in shape.ffn_linears.values())
+    shared = sum(i * o for i, o in shape.sparse.shared_linears.values()) * len(shape.sparse.blocks) if shape.sparse else 0
+    dense = shape.dense_blocks * sum(i * o for i, o in shape.ffn_linears.values())
+    return shape.layers * attention + dense + shared
 
 
 def activation_bytes(

@@ -79,14 +79,18 @@ class Load:
     """Of one sparse block: the stacked weights that a LoRA changes, which every forward computes anew."""
     adapted_blocks: int = 0
 
+    @property
+    def adapted_bytes(self) -> int:
+        """Of the sums of stacked experts and their LoRA, while a step runs."""
+        return adapted_bytes(self.adapted_weights, self.adapted_blocks, self.dtype, self.checkpointing)
+
     def rows(self, ranks: int) -> int:
         """Rows per forward of one rank."""
         return max(1, min(self.micro_batch, self.batch_size // ranks))
 
     def activations(self, rows: int, quant: str, share: float = LENGTH_SHARE["expected"]) -> int:
         """Bytes for a forward of that many rows, filled to `share` of `max_length`."""
-        held = adapted_bytes(self.adapted_weights, self.adapted_blocks, self.dtype, self.checkpointing)
-        return held + activation_bytes(
+        return self.adapted_bytes + activation_bytes(
             self.shape,
             self.activation_floats,
             tokens=round(rows * self.max_length * share),

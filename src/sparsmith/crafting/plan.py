@@ -181,7 +181,7 @@ def plan(
             "trainer_checkpoint": count * 4 + load.optimizer,
             "export": round(total * BYTES["bfloat16" if quant != "none" else dtype]),
         },
-        notes=tuple(note for p in plans for note in p.notes),
+        notes=(*(note for p in plans for note in p.notes), *_adapting_note(load)),
         per_rank=memory_per_rank(load),
     )
 
@@ -240,6 +240,15 @@ def _adapting(shape: ModelShape, made: ModelShape, adapted: int, lora: LoraSetti
     taken = 1 if shape.sparse is None else made.sparse.top_k
     serving = adapted * taken // made.sparse.experts
     return len(made.sparse.blocks) * (2 * serving + 6 * lora.r * adapted // max(tokens, 1))
+
+
+def _adapting_note(load: Load) -> tuple[str, ...]:
+    if not load.adapted_weights:
+        return ()
+    return (
+        "LoRA on stacked experts: every forward makes the sums of the experts and their factors anew, and the activations hold "
+        f"{load.adapted_bytes:,} bytes of them until the backward",
+    )
 
 
 def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool, adapting: int) -> Flops:
