@@ -20,7 +20,11 @@ NAMES = {"full": "upcycle", "lora": "upcycle, lora"}
 def figures(tmp_path_factory):
     """One start of two processes for all cases."""
     folder = tmp_path_factory.mktemp("two")
-    jobs = {f"{how}-{n}": {"run": folder / f"{how}{n}", "method": name, "sharded": how == "fsdp2"} for n, name in NAMES.items() for how in ("ddp", "fsdp2")}
+    jobs = {
+        f"{how}-{n}": {"run": folder / f"{how}{n}", "method": name, "sharded": how == "fsdp2"}
+        for n, name in NAMES.items()
+        for how in ("ddp", "fsdp2")
+    }
     return pico_runs(folder, 2, **jobs)
 
 
@@ -36,5 +40,11 @@ def test_two_ranks_equal_one_process(figures, alone, how, short):
     (first, second), wanted = figures[f"{how}-{short}"], alone[short]
     assert first["weights"] == second["weights"] and first["losses"] == second["losses"]
     assert len(first["losses"]) == len(first["balance"]) == STEPS and first["health"]["1"]
-    for figure, limit in (("losses", NEAR), ("balance", NEAR), ("health", NEAR), ("norms", AFTER_ADAM), ("weights", AFTER_ADAM)):
+    for figure, limit in (
+        ("losses", NEAR),
+        ("balance", NEAR),
+        ("health", NEAR),
+        ("norms", AFTER_ADAM),
+        ("weights", AFTER_ADAM),
+    ):
         assert gap(first[figure], wanted[figure]) <= limit, figure

@@ -93,6 +93,8 @@ def load_base(
         head=head,
         **options,
     )
+    if settings.quant == "nf4":
+        _cast_biases(model)
     attach_base(
         model,
         BaseRecord(
@@ -242,6 +244,13 @@ def _nf4(classifies: bool) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["score", "classifier", "pooler"] if classifies else None,
     )
+
+
+def _cast_biases(model: PreTrainedModel) -> None:
+    """A packed linear casts its bias for good in its first forward: done here, a model that has run and one that has not are the same."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and module.bias is not None:
+            module.bias.data = module.bias.data.to(module.compute_dtype)  # type: ignore[operator, union-attr, arg-type]
 
 
 def _left_whole(config: Any) -> list[str] | None:

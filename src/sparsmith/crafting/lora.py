@@ -88,9 +88,9 @@ def inject_lora(model: PreTrainedModel, settings: LoraSettings, seed: int, exper
 
 @contextmanager
 def _no_family(config: Any) -> Iterator[None]:
-    """Inside, the config tells no family. PEFT rewrites targets by it: to open adapters that were trained when each expert was a module of its
-    own, it takes every `gate_proj` of a Qwen mixture for one of an expert, also that of a dense block, and adapts the stacked experts in
-    its place, at twice the rank."""
+    """Inside, the config tells no family. PEFT rewrites targets by it: to open adapters that were trained when each expert was a module
+    of its own, it takes every `gate_proj` of a Qwen mixture for one of an expert, also that of a dense block, and adapts the stacked
+    experts in its place, at twice the rank."""
     own = vars(config).get("model_type")
     config.model_type = ""
     try:

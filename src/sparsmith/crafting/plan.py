@@ -251,7 +251,9 @@ def _adapting_note(load: Load) -> tuple[str, ...]:
     )
 
 
-def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool, adapting: int) -> Flops:
+def _flops(
+    shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool, adapting: int
+) -> Flops:
     """Forward: 2 per weight of blocks and head, and 4 * heads * head_dim per attended token and block (scores, values).
 
     Training: the frozen weights are passed forward and once backward (to their inputs), or not at all backward where every method says

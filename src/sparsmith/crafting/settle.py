@@ -246,7 +246,9 @@ def merge_lora(model: nn.Module) -> tuple[MergedMatrix, ...]:
             )
         inner = layer.get_base_layer()
         rows.append(_merge_one(name, layer, inner))
-        if not isinstance(model.get_submodule(name.rpartition(".")[0]), LoraLayer):  # of nested ones the outermost gives its place
+        if not isinstance(
+            model.get_submodule(name.rpartition(".")[0]), LoraLayer
+        ):  # of nested ones the outermost gives its place
             places.append((name, inner))
     for name, inner in places:
         _put(model, name, inner)

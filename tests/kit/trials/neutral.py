@@ -48,7 +48,10 @@ def trial(
             after, again = logits(crafted), logits(base)
             if _sums_anew(config):
                 limit = ROUNDED[next(iter(before.values())).dtype]
-                apart = {n: (before[n] - after[n]).abs().max().item() / max(before[n].abs().max().item(), 1.0) for n in before}
+                apart = {
+                    n: (before[n] - after[n]).abs().max().item() / max(before[n].abs().max().item(), 1.0)
+                    for n in before
+                }
                 rounded = max(rounded, *apart.values())
                 odd = [name for name, gap in apart.items() if not gap <= limit]
             else:

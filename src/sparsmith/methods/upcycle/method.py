@@ -16,7 +16,15 @@ from sparsmith.methods.upcycle import planning
 from sparsmith.methods.upcycle.build import build_sparse
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.methods.upcycle.convert import idle_names
-from sparsmith.methods.upcycle.layers import RouterSettings, context_of, experts_of, graft, hide_idle, sparse_blocks, ungraft
+from sparsmith.methods.upcycle.layers import (
+    RouterSettings,
+    context_of,
+    experts_of,
+    graft,
+    hide_idle,
+    sparse_blocks,
+    ungraft,
+)
 from sparsmith.methods.upcycle.targets import sparse_config
 from sparsmith.ops.route_context import RouteContext
 

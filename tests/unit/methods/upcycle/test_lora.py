@@ -136,7 +136,9 @@ def test_targets_hit_what_they_name(targets, per_block, sparse, dense):
     settings = {"donor": "sparse", "lora": {"r": 2, "alpha": 2, "dropout": 0.0, "targets": targets}}
     base, config = mixture(), sm.UpcycleConfig(tune="lora", **settings)
     model = sm.craft(base, config)
-    assert check_roles(model)["lora"] == 2 * (3 * per_block + 2 * sparse + dense) == sm.plan(base, config).trained["lora"]
+    assert (
+        check_roles(model)["lora"] == 2 * (3 * per_block + 2 * sparse + dense) == sm.plan(base, config).trained["lora"]
+    )
     assert model.sparsmith.neutral["bitwise"], "the factors' product is zero at the start"
     as_trained(model)
     assert not torch.equal(before := logits(model), logits(base))
@@ -150,9 +152,9 @@ def test_a_target_that_the_model_lacks_is_named():
         (deep_model("qwen2"), {}, "shared_expert.gate_proj"),  # it is there and empty
     ):
         config = sm.UpcycleConfig(tune="lora", lora={"r": 2, "dropout": 0.0, "targets": [name]}, **settings)
-        with pytest.raises(MethodError, match="lora.targets"):
+        with pytest.raises(MethodError, match=r"lora\.targets"):
             sm.craft(base, config)
-        with pytest.raises(MethodError, match="lora.targets"):
+        with pytest.raises(MethodError, match=r"lora\.targets"):
             sm.plan(base, config)
 
 
@@ -175,7 +177,9 @@ def test_the_plan_tells_what_adapting_costs():
     attention = {"lora": {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": R, "alpha": 16, "dropout": 0.0}}
     every, some = (sm.plan(base, lora(**one), micro_batch=2, max_length=32) for one in ({}, attention))
     stack = E * 3 * HIDDEN * FFN
-    assert every.memory.activations["low"] - some.memory.activations["low"] == 5 * stack * 4  # four blocks and a gradient
+    assert (
+        every.memory.activations["low"] - some.memory.activations["low"] == 5 * stack * 4
+    )  # four blocks and a gradient
     one = sm.plan(base, lora(), micro_batch=2, max_length=32, gradient_checkpointing=True)
     two = sm.plan(base, lora(**attention), micro_batch=2, max_length=32, gradient_checkpointing=True)
     assert one.memory.activations["low"] - two.memory.activations["low"] == 2 * stack * 4
@@ -201,7 +205,7 @@ def taken_in(model, batch):
     seen, hooks = {}, []
     for index, ffn in sparse_blocks(model):
         note = lambda m, args, out, i=index: seen.__setitem__(i, set(out[2].flatten().tolist()))  # noqa: E731
-        hooks.append(getattr(ffn, "gate").register_forward_hook(note))
+        hooks.append(ffn.gate.register_forward_hook(note))
     with torch.no_grad():
         model.eval()(batch["input_ids"])
     for hook in hooks:
@@ -312,7 +316,9 @@ def expected(experts, tensor, a, b, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_stacks_are_the_sums_rounded_once(name, dtype):
     family, settings, sparse = ROWS[name]
-    model = as_trained(crafted(base=deep_model(family).to(dtype), lora={"alpha": 24, "r": R, "dropout": 0.0}, **settings))
+    model = as_trained(
+        crafted(base=deep_model(family).to(dtype), lora={"alpha": 24, "r": R, "dropout": 0.0}, **settings)
+    )
     assert {ffn.gate.weight.dtype for _, ffn in sparse_blocks(model)} == {torch.float32}
     assert {getattr(experts, tensor).dtype for _, tensor, experts, *_ in stacks(model)} == {dtype}
     wanted = {(i, t): expected(e, t, a, b, 24 / R) for i, t, e, a, b in stacks(model)}
@@ -324,7 +330,9 @@ def test_merged_stacks_are_the_sums_rounded_once(name, dtype):
     else:  # a token whose second and third expert are near a tie may take the other
         assert (apart <= 0.05).float().mean() >= 0.9
     assert not [n for n, _ in settled.named_modules() if "lora" in n or "base_layer" in n]
-    found = {(i, t): getattr(ffn.experts, t) for i, ffn in sparse_blocks(settled) for t in ("gate_up_proj", "down_proj")}
+    found = {
+        (i, t): getattr(ffn.experts, t) for i, ffn in sparse_blocks(settled) for t in ("gate_up_proj", "down_proj")
+    }
     assert found.keys() == wanted.keys()
     for key, tensor in found.items():
         assert tensor.dtype == dtype
@@ -332,8 +340,12 @@ def test_merged_stacks_are_the_sums_rounded_once(name, dtype):
         unit = torch.finfo(dtype).eps * wanted[key].abs()
         assert (off <= 0.5 * unit * 1.01 + 1e-7).all(), key
     rows = [row for row in settle_report(settled).merged if ".experts." in row.name]
-    assert {row.name for row in rows} == {f"model.layers.{i}.mlp.experts.{t}" for i, t in wanted} and len(rows) == 2 * sparse
-    assert all(row.lora_share > 0.1 and row.relative_error <= (1e-6 if dtype == torch.float32 else 4e-3) for row in rows)
+    assert {row.name for row in rows} == {f"model.layers.{i}.mlp.experts.{t}" for i, t in wanted} and len(
+        rows
+    ) == 2 * sparse
+    assert all(
+        row.lora_share > 0.1 and row.relative_error <= (1e-6 if dtype == torch.float32 else 4e-3) for row in rows
+    )
 
 
 def test_the_report_of_a_merge_is_the_naive_figure():

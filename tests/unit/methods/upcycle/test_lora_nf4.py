@@ -11,7 +11,7 @@ import sparsmith as sm
 from sparsmith.crafting import settle as settling
 from sparsmith.crafting.base_model import load_base
 from sparsmith.crafting.settle import quantised_linears, settle_report
-from sparsmith.errors import MethodError
+from sparsmith.errors import MethodError, RefusedDonor
 from sparsmith.methods.upcycle.layers import sparse_blocks
 from sparsmith.recipe.schema import ModelSettings
 from sparsmith.training.objective import Objective
@@ -80,5 +80,10 @@ def test_nf4_is_refused_unless_it_is_allowed(folders):
 def test_a_dense_donor_in_nf4_is_refused(tmp_path):
     pico_model().save_pretrained(tmp_path / "base")
     for settings in ({}, {"tune": "lora"}):
-        with pytest.raises(MethodError, match="plain weights"):
+        with pytest.raises(RefusedDonor, match="a quantised donor"):
             sm.craft(opened(tmp_path / "base"), sm.UpcycleConfig(**settings))
+
+
+def test_full_tuning_over_nf4_is_refused(folders):
+    with pytest.raises(MethodError, match="plain weights"):
+        sm.craft(opened(folders / "mixtral"), sm.UpcycleConfig(donor="sparse"))
