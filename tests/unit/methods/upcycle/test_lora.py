@@ -268,6 +268,18 @@ def test_dropout_noise_and_capacity_reach_wrapped_experts(way):
     assert (logits(settled) - logits(plain)).abs().max() <= 1e-5
 
 
+def test_recomputed_activations_change_nothing():
+    grads = []
+    for again in (False, True):
+        model = as_trained(crafted(moe={"expert_dropout": 0.2, "jitter": 0.05, "capacity_factor": 1.0})).train()
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        Objective(model)(**labelled_batch())["loss"].backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
 def tuned(folder, steps=12, resume=None):
     config = lora(
         lora={"r": 2, "alpha": 2, "dropout": 0.0}, moe={"expert_dropout": 0.2, "jitter": 0.05, "capacity_factor": 1.0}
@@ -377,6 +389,10 @@ def test_a_delta_comes_back(name, dtype, tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()
     assert type(stock).__module__.startswith("transformers.")
     assert (logits(stock) - logits(sm.settle(model))).abs().max() <= (1e-5 if dtype == "float32" else 0.02)
+    names = {file.name for file in (tmp_path / "delta").iterdir()}
+    assert "sparsmith_lora.safetensors" in names and "adapter_model.safetensors" not in names, (
+        "PEFT would open it as less"
+    )
     if (name, dtype) in (("mixtral", "bfloat16"), ("qwen2_moe, every second", "float32")):
         report = sm.export(again, tmp_path / "exported")  # opened in a clean process, and compared
         assert not report.needs_code
