@@ -238,7 +238,7 @@ def _adapting(shape: ModelShape, made: ModelShape, adapted: int, lora: LoraSetti
     if not adapted or lora is None or made.sparse is None:
         return 0
     taken = 1 if shape.sparse is None else made.sparse.top_k
-    serving = adapted * taken // made.sparse.experts
+    serving = round(adapted * taken / made.sparse.experts)
     return len(made.sparse.blocks) * (2 * serving + 6 * lora.r * adapted // max(tokens, 1))
 
 
