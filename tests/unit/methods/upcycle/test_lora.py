@@ -273,7 +273,7 @@ def test_recomputed_activations_change_nothing():
     for again in (False, True):
         model = as_trained(crafted(moe={"expert_dropout": 0.2, "jitter": 0.05, "capacity_factor": 1.0})).train()
         if again:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)
         Objective(model)(**labelled_batch())["loss"].backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
