@@ -250,7 +250,7 @@ def _cast_biases(model: PreTrainedModel) -> None:
     """A packed linear casts its bias for good in its first forward: done here, a model that has run and one that has not are the same."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and module.bias is not None:
-            module.bias.data = module.bias.data.to(module.compute_dtype)  # type: ignore[operator, union-attr, arg-type]
+            module.bias.data = module.bias.data.to(module.compute_dtype)  # type: ignore[arg-type]
 
 
 def _left_whole(config: Any) -> list[str] | None:

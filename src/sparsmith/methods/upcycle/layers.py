@@ -144,7 +144,7 @@ def sparse_blocks(model: nn.Module) -> list[tuple[int, Any]]:
     return [(index, ffn) for index, ffn in found if row.experts and hasattr(ffn, row.experts)]
 
 
-def experts_of(ffn: Any, name: str) -> nn.Module:
+def experts_of(ffn: Any, name: str) -> Any:
     """The family's own module of the stacked experts, from inside what a LoRA has put around it."""
     module = getattr(ffn, name)
     while hasattr(module, "base_layer"):
