@@ -25,6 +25,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "router_z_coef": 0.001,
         "lora": {"r": 4, "dropout": 0.1},
     },
+    # noise on the router's input, dropout in the experts, and slots that are dropped by the draws of both
+    "upcycle": {
+        "method": "upcycle",
+        "experts": 4,
+        "moe": {"jitter": 0.05, "expert_dropout": 0.1, "capacity_factor": 1.0, "second_expert_drop": True},
+    },
     # draws of exits and of blocks, and a LoRA's dropout: three streams that a resume could get wrong
     "soft": {
         "method": "soft",

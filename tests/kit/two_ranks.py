@@ -31,6 +31,7 @@ from tests.kit.rows import RowDataset, pad_rows
 
 STEPS = 12
 HEALTH, DEAD = ("health/pesc/load", "health/soft/loss_at", "health/upcycle/"), "health/pesc/dead_experts"
+BALANCE = ("term/pesc.balance", "term/upcycle.balance")
 # the balance loss is on: its counts are summed over the ranks, so it must not differ either
 CONFIG = PescConfig(
     num_experts=8, top_k=1, adapter_dim=8, balance_alpha=0.05, path="masked", lora=LoraSettings(r=2, dropout=0.0)
@@ -57,6 +58,8 @@ METHODS = {
     "finegates, by importance": FineGatesConfig(**_SHORT, gates={"lr": 0.6}),
     "finegates, paper, no noise": FineGatesConfig(**_PAPER, paper={"noise_sigma": 0.0}),
     "expert choice": UpcycleConfig(experts=4, moe={"router": "expert_choice", "z_coef": 0.05}),  # type: ignore[arg-type]
+    "upcycle": UpcycleConfig(experts=4, moe={"balance_coef": 0.05}),
+    "upcycle, lora": UpcycleConfig(experts=4, tune="lora", lora={"r": 2, "dropout": 0.0}, moe={"balance_coef": 0.05}),
 }
 """A later method joins by an entry here."""
 
@@ -116,7 +119,7 @@ def tune(
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return {
         "losses": {str(line["step"]): line["loss"] for line in lines},
-        "balance": {str(line["step"]): line["term/pesc.balance"] for line in lines if "term/pesc.balance" in line},
+        "balance": {str(line["step"]): line[key] for line in lines for key in BALANCE if key in line},
         "norms": {str(line["step"]): float(line["grad_norm"]) for line in lines},
         "health": {str(line["step"]): {k: v for k, v in line.items() if k.startswith(HEALTH)} for line in lines},
         "dead": {str(line["step"]): line[DEAD] for line in lines if DEAD in line},

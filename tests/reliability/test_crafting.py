@@ -8,8 +8,10 @@ import torch
 import sparsmith as sm
 from sparsmith.crafting import apply
 from sparsmith.crafting import settle as settling_module
+from sparsmith.errors import RefusedDonor
 from sparsmith.methods.pesc.layers import PescAdapters
-from tests.kit.cases import METHODS, cases, few
+from tests.kit.cases import METHODS, TAKES, base_config_for, cases, few
+from tests.kit.pico import FAMILIES
 from tests.kit.trials import all_or_nothing, exports, neutral, settling, what_trains
 
 ONE = (("pesc",), ("llama",))
@@ -21,7 +23,15 @@ def whole(tally):
 
 
 def test_promise_10_craft_is_neutral():
-    assert whole(neutral.trial(few())).figures["largest difference"] == 0.0
+    figures = whole(neutral.trial(few())).figures
+    assert figures["largest difference"] == 0.0 < figures["largest difference by rounding"]
+
+
+def test_what_a_case_leaves_out_is_refused():
+    for name, taken in TAKES.items():
+        for family in FAMILIES.keys() - set(taken):
+            with pytest.raises(RefusedDonor):
+                sm.plan(base_config_for(METHODS[name], family), METHODS[name])
 
 
 def test_the_trial_sees_a_craft_that_is_not(monkeypatch):
@@ -32,8 +42,8 @@ def test_the_trial_sees_a_craft_that_is_not(monkeypatch):
 
 
 def test_promise_11_craft_is_all_or_nothing():
-    tally = whole(all_or_nothing.trial([*cases(*ONE), *cases(("dense LoRA",), ("gpt2",))], draws=8))
-    assert tally.tried == 16
+    of = [*cases(*ONE), *cases(("dense LoRA",), ("gpt2",)), *cases(("upcycle, lora",), ("qwen3",))]
+    assert whole(all_or_nothing.trial(of, draws=8)).tried == 24
 
 
 def test_a_copy_that_fails_leaves_the_original_alone():
@@ -52,7 +62,7 @@ def test_the_trial_sees_what_is_not_put_back(monkeypatch):
 
 
 def test_promise_12_what_trains_is_what_was_said(tmp_path):
-    of = [*cases(*ONE), *cases(("dense LoRA",), ("gpt2",))]
+    of = [*cases(*ONE), *cases(("dense LoRA",), ("gpt2",)), *cases(("upcycle, lora",), ("qwen3",))]
     tally = whole(what_trains.trial(tmp_path, of, steps=22))
     assert 2 <= tally.figures["last step in which a tensor got its first gradient"] <= what_trains.REACHED_WITHIN
 
@@ -97,8 +107,8 @@ def test_the_trial_sees_a_merge_that_is_wrong(monkeypatch):
 
 
 def test_promise_14_exports_open_elsewhere(tmp_path):
-    tally = whole(exports.trial(tmp_path, [*cases(*ONE), *cases(("dense LoRA",), ("gpt2",))]))
-    assert tally.figures["stock classes"] == 1
+    of = [*cases(*ONE), *cases(("dense LoRA",), ("gpt2",)), *cases(("upcycle, lora",), ("qwen3",))]
+    assert whole(exports.trial(tmp_path, of)).figures["stock classes"] == 2
 
 
 def test_the_trial_sees_an_export_of_something_else(tmp_path, monkeypatch):

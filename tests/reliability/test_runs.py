@@ -29,6 +29,13 @@ def test_a_killed_run_of_another_method_does_too(tmp_path):
     assert whole.whole, whole.failures
 
 
+def test_a_killed_mixture_does_too(tmp_path):
+    """Noise on the routers' input, dropout in the experts and the slots that are dropped are those of the uncut run."""
+    same, whole = kill_trial(tmp_path, "upcycle", kills=1, aimed=2)
+    assert same.whole, same.failures
+    assert whole.whole, whole.failures
+
+
 def test_a_signal_ends_a_run_in_order(tmp_path):
     tally = signal_trial(tmp_path, each=1, phases=("evaluation",))
     assert tally.whole, tally.failures

@@ -36,6 +36,20 @@ class SparseShape:
         return len(self.blocks) * self.experts * 3 * self.hidden * self.width
 
     @property
+    def stacked(self) -> dict[str, tuple[int, int]]:
+        """Name of a stacked tensor in the module of the experts -> (inputs, outputs) of each expert's slice, which lies as
+        (outputs, inputs)."""
+        return {"gate_up_proj": (self.hidden, 2 * self.width), "down_proj": (self.width, self.hidden)}
+
+    @property
+    def shared_linears(self) -> dict[str, tuple[int, int]]:
+        """Name of a linear of the shared expert -> (inputs, outputs); nothing where it is empty."""
+        if not self.shared:
+            return {}
+        inward = (self.hidden, self.shared)
+        return {"gate_proj": inward, "up_proj": inward, "down_proj": (self.shared, self.hidden)}
+
+    @property
     def router_params(self) -> int:
         return len(self.blocks) * self.experts * self.hidden
 

@@ -17,7 +17,7 @@ from torch import nn
 from sparsmith import anatomy
 from sparsmith.crafting.compose import check_base, check_composition
 from sparsmith.crafting.lora import inject_lora, lora_parameters
-from sparsmith.crafting.lora_count import merged_settings
+from sparsmith.crafting.lora_count import adapts_experts, merged_settings
 from sparsmith.crafting.neutral import compare_probe, probe_logits
 from sparsmith.crafting.record import CraftRecord, attach, base_of, record_of
 from sparsmith.errors import EmptyRole, MethodError
@@ -74,7 +74,7 @@ def craft(
             crafted = method.craft(crafted, settings, context)
         lora = merged_settings(record.parts, anatomy.shape_of(crafted))
         if lora is not None:
-            inject_lora(crafted, lora, seed)
+            inject_lora(crafted, lora, seed, adapts_experts(record.parts))
         attach(crafted, record)
         _fix_trained_set(crafted)
         if before is not None:

@@ -93,6 +93,8 @@ def load_base(
         head=head,
         **options,
     )
+    if settings.quant == "nf4":
+        _cast_biases(model)
     attach_base(
         model,
         BaseRecord(
@@ -146,6 +148,8 @@ def open_base(
             head.enter(config, padding_of(path, config, **remote))
         else:
             _refuse_encoder(config)
+            if options.get("quantization_config") is not None:
+                options["quantization_config"].llm_int8_skip_modules = _left_whole(config)
         quantised = getattr(config, "quantization_config", None)
         if rows and quantised is None:  # quantised tensors are packed
             refuse_other_size(f"{path}/config.json", config, rows)
@@ -240,6 +244,25 @@ def _nf4(classifies: bool) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["score", "classifier", "pooler"] if classifies else None,
     )
+
+
+def _cast_biases(model: PreTrainedModel) -> None:
+    """A packed linear casts its bias for good in its first forward: done here, a model that has run and one that has not are the same."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and module.bias is not None:
+            module.bias.data = module.bias.data.to(module.compute_dtype)  # type: ignore[arg-type]
+
+
+def _left_whole(config: Any) -> list[str] | None:
+    """What NF4 leaves as it is, by the ends of names; None = the library's own choice, which is the head.
+
+    Of a shared expert its gate, which is a router; all of one that is empty, which would come out as NaN.
+    """
+    sparse = anatomy.sparse_shape(config) if anatomy.is_sparse(config) else None
+    if sparse is None or sparse.shared is None:
+        return None
+    empty = () if sparse.shared_linears else ("gate_proj", "up_proj", "down_proj")
+    return [anatomy.of(config).head, "shared_expert_gate", *(f"shared_expert.{name}" for name in empty)]
 
 
 def open_strictly(opener: Any, path: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -123,9 +123,11 @@ def lora_files(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, str]:
     """Names of the LoRA's weights and settings.
 
     A model of a stock class whose norm or head trained too would open in PEFT without them, as another function and in silence: there
-    the names are ours. A model of a class of ours does not open in PEFT at all.
+    the names are ours; so they are for a mixture, which crafting may have made of a dense base, and whose targets PEFT rewrites. A model
+    of a class of ours does not open in PEFT at all.
     """
-    return _OWN_LORA if state and anatomy.base_of(model) is model else (LORA_WEIGHTS, LORA_CONFIG)
+    stock, mixture = anatomy.base_of(model) is model, bool(anatomy.anatomy_of(model).experts)
+    return _OWN_LORA if stock and (state or mixture) else (LORA_WEIGHTS, LORA_CONFIG)
 
 
 def lora_settings(model: nn.Module) -> dict[str, Any]:

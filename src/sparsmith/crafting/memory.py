@@ -48,9 +48,14 @@ def weight_bytes(shape: ModelShape, added: int, dtype: str, quant: str) -> int:
 
 
 def quantised_weights(shape: ModelShape) -> int:
-    """Weights that NF4 packs: those of the blocks' plain linears. Experts, which are stacked in one tensor, stay as they are."""
+    """Weights that NF4 packs: those of the blocks' plain linears, a shared expert's among them. Experts, which are stacked in one tensor,
+    stay as they are."""
     attention = sum(i * o for i, o in shape.attention_linears.values())
-    return shape.layers * attention + shape.dense_blocks * sum(i * o for i, o in shape.ffn_linears.values())
+    shared = (
+        sum(i * o for i, o in shape.sparse.shared_linears.values()) * len(shape.sparse.blocks) if shape.sparse else 0
+    )
+    dense = shape.dense_blocks * sum(i * o for i, o in shape.ffn_linears.values())
+    return shape.layers * attention + dense + shared
 
 
 def activation_bytes(
@@ -79,6 +84,12 @@ def activation_bytes(
         kept = shape.layers * shape.hidden * width + block + method / max(shape.layers, 1)
     head = shape.head_width * 4 * 0.5 + 2 * shape.hidden * width
     return round(tokens * (kept + head))
+
+
+def adapted_bytes(weights: int, blocks: int, dtype: str, checkpointing: bool) -> int:
+    """Bytes of the sums of stacked experts and their LoRA: every sparse block keeps its own for the backward (with checkpointing one
+    block at a time has it), and one block's gradient stands beside them. `weights`: of one block."""
+    return round(((1 if checkpointing else blocks) + 1) * weights * BYTES[dtype]) if weights else 0
 
 
 def optimizer_bytes(trained: int, optimizer: str) -> int:

@@ -25,6 +25,7 @@ from sparsmith.crafting.memory import (
     LENGTH_SHARE,
     NF4_BYTES,
     activation_bytes,
+    adapted_bytes,
     quantised_weights,
     weight_bytes,
 )
@@ -74,6 +75,14 @@ class Load:
     batch_size: int
     micro_batch: int
     """Largest number of rows per forward."""
+    adapted_weights: int = 0
+    """Of one sparse block: the stacked weights that a LoRA changes, which every forward computes anew."""
+    adapted_blocks: int = 0
+
+    @property
+    def adapted_bytes(self) -> int:
+        """Of the sums of stacked experts and their LoRA, while a step runs."""
+        return adapted_bytes(self.adapted_weights, self.adapted_blocks, self.dtype, self.checkpointing)
 
     def rows(self, ranks: int) -> int:
         """Rows per forward of one rank."""
@@ -81,7 +90,7 @@ class Load:
 
     def activations(self, rows: int, quant: str, share: float = LENGTH_SHARE["expected"]) -> int:
         """Bytes for a forward of that many rows, filled to `share` of `max_length`."""
-        return activation_bytes(
+        return self.adapted_bytes + activation_bytes(
             self.shape,
             self.activation_floats,
             tokens=round(rows * self.max_length * share),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsmith import anatomy
 from sparsmith.crafting.compose import check_base, check_composition
-from sparsmith.crafting.lora_count import lora_parameters_of, merged_settings
+from sparsmith.crafting.lora_count import adapted_weights, adapts_experts, lora_parameters_of, merged_settings
 from sparsmith.crafting.memory import BYTES, LENGTH_SHARE, Memory, optimizer_bytes, weight_bytes
 from sparsmith.crafting.memory_per_rank import Load, RankMemory, memory_per_rank
 from sparsmith.crafting.plan_text import plan_renderable, plan_text
@@ -22,6 +22,7 @@ from sparsmith.methods.base import Method, MethodConfig, MethodPlan, ModuleChang
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import ModelShape
+    from sparsmith.methods.base import LoraSettings
     from sparsmith.recipe.schema import Recipe
 
 
@@ -124,27 +125,28 @@ def plan(
     shape = anatomy.shape_of(hf_config)
     pairs = [(registry.of(c), c) for c in configs]
     plans, crafted = _in_turn(pairs, hf_config)
-    settings = merged_settings(pairs, anatomy.shape_of(crafted))
-    lora = lora_parameters_of(settings, anatomy.of(crafted), anatomy.shape_of(crafted))
-    trained = _by_role(plans, lora)
-    whole = tuple(f"`{method.name}`, {reason}" for method, c in pairs if (reason := method.unsharded(c)))
+    lora = _lora_of(pairs, crafted)
+    trained = _by_role(plans, lora.count)
+    apart = tuple(f"`{method.name}`, {reason}" for method, c in pairs if (reason := method.unsharded(c)))
     added = sum(sum(p.added.values()) for p in plans)
     total = shape.total_params + added - sum(p.removed for p in plans)
     count = sum(trained.values())
 
     load = Load(
         shape=shape,
-        added=added + lora,
+        added=added + lora.count,
         trained=count,
         optimizer=optimizer_bytes(count, optimizer),
         dtype=dtype,
         quant=quant,
         activation_floats=sum(p.activation_floats for p in plans),
-        lora=settings,
+        lora=lora.settings,
         checkpointing=gradient_checkpointing,
         max_length=max_length,
         batch_size=batch_size or micro_batch,
         micro_batch=micro_batch,
+        adapted_weights=lora.adapted,
+        adapted_blocks=lora.blocks,
     )
     return Plan(
         base=name,
@@ -155,19 +157,23 @@ def plan(
         active_params=total - sum(p.inactive for p in plans),
         trained=trained,
         memory=Memory(
-            weights=weight_bytes(shape, added + lora, dtype, quant),
+            weights=weight_bytes(shape, load.added, dtype, quant),
             gradients=count * 4,
             optimizer=load.optimizer,
             activations={case: load.activations(micro_batch, quant, share) for case, share in LENGTH_SHARE.items()},
         ),
-        flops=_flops(shape, plans, lora, max_length // 2, any(method.trains_base(c) for method, c in pairs)),
+        flops=_flops(load, plans, lora, any(method.trains_base(c) for method, c in pairs)),
         disk={
             "delta": count * 4,
             "trainer_checkpoint": count * 4 + load.optimizer,
             "export": round(total * BYTES["bfloat16" if quant != "none" else dtype]),
         },
-        notes=(*(note for p in plans for note in p.notes), *(f"not for FSDP2: {what}" for what in whole)),
-        per_rank={layout: rows for layout, rows in memory_per_rank(load).items() if layout != "fsdp2" or not whole},
+        notes=(
+            *(note for p in plans for note in p.notes),
+            *_adapting_note(load),
+            *(f"not for FSDP2: {what}" for what in apart),
+        ),
+        per_rank={layout: rows for layout, rows in memory_per_rank(load).items() if layout != "fsdp2" or not apart},
     )
 
 
@@ -179,6 +185,35 @@ def _in_turn(pairs: Sequence[tuple[Method, MethodConfig]], config: Any) -> tuple
         plans.append(method.plan_for(settings, config))
         config = method.crafted_config(settings, config)
     return plans, config
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """The LoRA of a composition on the model that crafting makes."""
+
+    settings: LoraSettings | None
+    linears: int
+    """Parameters on linears."""
+    stacked: int
+    """Parameters on stacked experts."""
+    adapted: int
+    """Weights of the stacks of one sparse block that it changes."""
+    made: ModelShape
+
+    @property
+    def count(self) -> int:
+        return self.linears + self.stacked
+
+    @property
+    def blocks(self) -> int:
+        return len(self.made.sparse.blocks) if self.made.sparse else 0
+
+
+def _lora_of(pairs: Sequence[tuple[Method, MethodConfig]], crafted: Any) -> _Lora:
+    row, made, experts = anatomy.of(crafted), anatomy.shape_of(crafted), adapts_experts(pairs)
+    settings = merged_settings(pairs, made)
+    linears, stacked = lora_parameters_of(settings, row, made, experts)
+    return _Lora(settings, linears, stacked, adapted_weights(settings, row, made, experts), made)
 
 
 def _by_role(plans: Sequence[MethodPlan], lora: int) -> dict[str, int]:
@@ -223,19 +258,44 @@ def _check_length(recipe: Recipe, shape: ModelShape) -> None:
         )
 
 
-def _flops(shape: ModelShape, plans: Sequence[MethodPlan], lora: int, context: int, whole: bool) -> Flops:
+def _adapting(shape: ModelShape, lora: _Lora, tokens: int) -> int:
+    """FLOPs per token of training that a LoRA on stacked experts takes beside theirs, in forwards of so many tokens.
+
+    The gradient of the summed weights passes as if the experts themselves trained (2 per weight that serves the token; for a model that is
+    made of a dense one, what its experts add to the dense FFN counts thrice already), and all experts' sums are made once per forward
+    (2 r per weight) and passed backward to both factors.
+    """
+    sparse = lora.made.sparse
+    if not lora.adapted or lora.settings is None or sparse is None:
+        return 0
+    serving = round(lora.adapted * (1 if shape.sparse is None else sparse.top_k) / sparse.experts)
+    return lora.blocks * (2 * serving + 6 * lora.settings.r * lora.adapted // max(tokens, 1))
+
+
+def _adapting_note(load: Load) -> tuple[str, ...]:
+    if not load.adapted_weights:
+        return ()
+    return (
+        "LoRA on stacked experts: every forward makes the sums of the experts and their factors anew, and the activations hold "
+        f"{load.adapted_bytes:,} bytes of them until the backward",
+    )
+
+
+def _flops(load: Load, plans: Sequence[MethodPlan], lora: _Lora, whole: bool) -> Flops:
     """Forward: 2 per weight of blocks and head, and 4 * heads * head_dim per attended token and block (scores, values).
 
     Training: the frozen weights are passed forward and once backward (to their inputs), or not at all backward where every method says
     so; trained ones twice backward; `whole`: the base itself trains.
     """
+    shape, context = load.shape, load.max_length // 2
     linear = shape.linear_weights + shape.head_width * shape.hidden
     attention = 4 * shape.layers * shape.heads * shape.head_dim * context
     base = 2 * linear + attention
     added = sum(p.flops_forward for p in plans)
     tuned = added + sum(p.flops_tuning for p in plans)
-    passes = 3 if whole else 2 if any(p.base_backward for p in plans) or lora else 1
-    return Flops(base, base + added, passes * base + 3 * tuned + 6 * lora, context)
+    passes = 3 if whole else 2 if any(p.base_backward for p in plans) or lora.count else 1
+    training = passes * base + 3 * tuned + 6 * lora.linears + _adapting(shape, lora, load.micro_batch * context)
+    return Flops(base, base + added, training, context)
 
 
 def config_of(base: Any, task: str | None, classes: int | None) -> tuple[str, Any]:

@@ -9,7 +9,8 @@ on NF4; the released merge adds to the original bf16 weights, which serves anoth
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -234,7 +235,7 @@ def merge_lora(model: nn.Module) -> tuple[MergedMatrix, ...]:
     from peft.tuners.lora import LoraLayer
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    rows = []
+    rows, places = [], []
     for name, layer in layers:
         if layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
             raise MethodError(
@@ -243,25 +244,56 @@ def merge_lora(model: nn.Module) -> tuple[MergedMatrix, ...]:
                 "a plain LoRA",
                 "Merge this model with PEFT itself.",
             )
-        linear = layer.get_base_layer()
-        rows.append(_merge_one(name, layer, linear))
-        _put(model, name, linear)
+        inner = layer.get_base_layer()
+        rows.append(_merge_one(name, layer, inner))
+        if not isinstance(
+            model.get_submodule(name.rpartition(".")[0]), LoraLayer
+        ):  # of nested ones the outermost gives its place
+            places.append((name, inner))
+    for name, inner in places:
+        _put(model, name, inner)
     if layers:
         _forget_lora(model)
     return tuple(rows)
 
 
-def _merge_one(name: str, layer: Any, linear: nn.Module) -> MergedMatrix:
-    weight = cast(Tensor, linear.weight)
+def _merge_one(name: str, layer: Any, module: nn.Module) -> MergedMatrix:
+    """Merge into `module`'s weight, or into the stacked tensor that the layer adapts, one expert at a time."""
+    own = getattr(layer, "parameter_name", "weight")
+    if own != "weight":
+        name = f"{name.removesuffix('.base_layer')}.{own}"
+    weight = cast(Tensor, getattr(module, own))
     wide = torch.promote_types(weight.dtype, torch.float32)
-    change = layer.get_delta_weight(ADAPTER).to(wide)
-    exact = weight.to(wide) + change
-    stored = exact.to(weight.dtype)
+    stored = torch.empty_like(weight)
+    error, exact_norm, change_norm, weight_norm = (0.0,) * 4  # squared
+    for old, new, change in zip(_slices(weight), _slices(stored), _changes(layer, weight.dim(), wide), strict=True):
+        exact = old.to(wide) + change
+        new.copy_(exact)
+        error += (new.to(wide) - exact).norm().item() ** 2
+        exact_norm += exact.norm().item() ** 2
+        change_norm += change.norm().item() ** 2
+        weight_norm += old.to(wide).norm().item() ** 2
     check_finite("merge", {name: stored})
-    linear.weight = nn.Parameter(stored, requires_grad=False)
-    norm = exact.norm().clamp(min=torch.finfo(wide).tiny)
-    error, share = (stored.to(wide) - exact).norm() / norm, change.norm() / weight.to(wide).norm().clamp(min=1e-30)
-    return MergedMatrix(name, error.item(), share.item())
+    setattr(module, own, nn.Parameter(stored, requires_grad=False))
+    tiny = torch.finfo(wide).tiny
+    return MergedMatrix(name, math.sqrt(error / max(exact_norm, tiny)), math.sqrt(change_norm / max(weight_norm, tiny)))
+
+
+def _slices(weight: Tensor) -> Sequence[Tensor]:
+    """The matrices of a weight: itself, or of a stacked one (E, out, in) those of the experts."""
+    return weight.unbind(0) if weight.dim() == 3 else (weight,)
+
+
+def _changes(layer: Any, dimensions: int, wide: torch.dtype) -> Iterator[Tensor]:
+    """scale * B A of every matrix. Stacked factors lie as A (E r, in), expert after expert, and as B (out, r E), where an expert has every
+    E-th column."""
+    if dimensions == 2:
+        yield layer.get_delta_weight(ADAPTER).to(wide)
+        return
+    a, b = (side[ADAPTER].weight.to(wide) for side in (layer.lora_A, layer.lora_B))
+    experts, rank = layer.num_experts, layer.r[ADAPTER]
+    for expert in range(experts):
+        yield layer.scaling[ADAPTER] * (b[:, expert::experts] @ a[expert * rank : (expert + 1) * rank])
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -39,7 +39,8 @@ class LoraSettings(StrictModel):
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear` = the attention and FFN linears that the anatomy names; or a list of those names."""
+    """`all-linear` = the attention and FFN linears that the anatomy names, and the stacked experts where the method adapts them; or a list
+    of their names."""
 
     def clashes(self) -> Iterable[Clash]:
         if not self.enabled:
@@ -386,6 +387,11 @@ class Method:
     def keeps_type(self, model: nn.Module, config: Any) -> Collection[str]:
         """Of a model of a class of the method's own: names of the tensors that stay float32 when the rest is rounded."""
         return self.state(model, config).keys()
+
+    def adapts_experts(self, config: Any) -> bool:
+        """True where the LoRA that the method asks for goes on the stacked experts of every sparse block too, as a pair of factors for each
+        expert; its `targets` may then name the stacked tensors. Such a LoRA has no dropout."""
+        return False
 
     def lora(self, config: Any, shape: ModelShape | None = None) -> LoraSettings | None:
         """The LoRA that crafting must inject after every method has grafted its modules, or None. Its size may depend on the model's

@@ -58,6 +58,16 @@ def test_a_convolution_of_gpt2_merges_the_right_way_round(tmp_path):
 
 
 @NF4_WARNINGS
+def test_a_delta_over_nf4_comes_back_where_linears_have_biases(tmp_path):
+    """The library casts a packed linear's bias in its first forward; the base is held against what it was when the delta was saved."""
+    base = save_base(tmp_path / "qwen2", "qwen2")
+    model = train_a_little(quantised(base, dtype="float32"))
+    before = model(pico_ids()).logits
+    sm.save(model, tmp_path / "delta")
+    assert torch.equal(sm.load(tmp_path / "delta")(pico_ids()).logits, before)
+
+
+@NF4_WARNINGS
 def test_nf4_quantise_craft_train_save_load_merge(base, tmp_path):
     model = train_a_little(quantised(base)).train()
     assert len(quantised_linears(model)) == 14

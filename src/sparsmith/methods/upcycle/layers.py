@@ -105,7 +105,7 @@ def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, con
     """Let every sparse block's router (and experts, where they are thinned) train as the settings say, in place."""
     for index, ffn in sparse_blocks(model):
         row = anatomy.anatomy_of(model)
-        router, experts = getattr(ffn, row.router), getattr(ffn, row.experts)
+        router, experts = getattr(ffn, row.router), experts_of(ffn, row.experts)
         router.__class__ = _mixed(_Routed, cast(Any, type(router)))
         router.settings, router.block = settings, index
         object.__setattr__(router, "context", context)
@@ -136,7 +136,7 @@ def ungraft(model: nn.Module) -> None:
     row = anatomy.anatomy_of(model)
     for _, ffn in sparse_blocks(model):
         shared = [getattr(ffn, name) for name in ("shared_expert", "shared_expert_gate") if hasattr(ffn, name)]
-        for module in (getattr(ffn, row.router), getattr(ffn, row.experts), *shared):
+        for module in (getattr(ffn, row.router), experts_of(ffn, row.experts), *shared):
             if isinstance(module, (_Routed, _Thinning)):
                 module.__class__ = type(module).__mro__[2]
             for name in ("settings", "context", "block", "expert_dropout", "sparsmith_grafted"):
@@ -148,6 +148,14 @@ def sparse_blocks(model: nn.Module) -> list[tuple[int, Any]]:
     row = anatomy.anatomy_of(model)
     found = ((index, anatomy.ffn_of(block, row)) for index, block in enumerate(anatomy.blocks(model)))
     return [(index, ffn) for index, ffn in found if row.experts and hasattr(ffn, row.experts)]
+
+
+def experts_of(ffn: Any, name: str) -> Any:
+    """The family's own module of the stacked experts, from inside what a LoRA has put around it."""
+    module = getattr(ffn, name)
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def context_of(model: nn.Module) -> RouteContext:

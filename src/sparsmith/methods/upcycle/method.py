@@ -17,7 +17,16 @@ from sparsmith.methods.upcycle import choosing, planning
 from sparsmith.methods.upcycle.build import build_sparse
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.methods.upcycle.convert import idle_names
-from sparsmith.methods.upcycle.layers import RouterSettings, context_of, graft, hide_idle, sparse_blocks, thin, ungraft
+from sparsmith.methods.upcycle.layers import (
+    RouterSettings,
+    context_of,
+    experts_of,
+    graft,
+    hide_idle,
+    sparse_blocks,
+    thin,
+    ungraft,
+)
 from sparsmith.methods.upcycle.targets import sparse_config
 from sparsmith.ops.route_context import RouteContext
 
@@ -123,6 +132,9 @@ class UpcycleMethod(Method):
     def asks_lora(self, config: UpcycleConfig) -> bool:
         return config.sparse and config.tune == "lora"
 
+    def adapts_experts(self, config: UpcycleConfig) -> bool:
+        return self.asks_lora(config)
+
     def lora(self, config: UpcycleConfig, shape: ModelShape | None = None) -> LoraSettings | None:
         return config.lora if self.asks_lora(config) else None
 
@@ -186,10 +198,10 @@ class UpcycleMethod(Method):
         elif config.sparse:
             ungraft(model)
             restore(model, config)
-            dtype = next(p.dtype for _, ffn in sparse_blocks(model) for p in ffn.experts.parameters())
+            row = anatomy.anatomy_of(model)
             for _, ffn in sparse_blocks(model):
-                router = getattr(ffn, anatomy.anatomy_of(model).router)
-                router.weight.data = router.weight.data.to(dtype)
+                router, experts = getattr(ffn, row.router), experts_of(ffn, row.experts)
+                router.weight.data = router.weight.data.to(next(experts.parameters()).dtype)
         return model
 
     def form(self, model: nn.Module, config: UpcycleConfig, asked: str) -> str:

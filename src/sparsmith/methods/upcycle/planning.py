@@ -100,5 +100,8 @@ def _notes(config: UpcycleConfig, before: anatomy.ModelShape, after: anatomy.Mod
     if config.moe.second_expert_drop or config.moe.capacity_factor is not None:
         notes.append("slots are dropped while training; evaluation and the export drop nothing")
     if config.allow_16bit_experts:
-        notes.append(f"experts stay in 16 bits beside an nf4 base: {2 * sparse.expert_params:,} bytes of them")
+        notes.append(
+            f"beside an nf4 base the experts stay as they are: {2 * sparse.expert_params:,} bytes of them in 16 bits, and twice that "
+            "in float32"
+        )
     return tuple(notes)
