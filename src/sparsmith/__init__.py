@@ -16,6 +16,7 @@ auto.install()  # transformers' Auto classes will know our architectures; import
 
 _HOMES = {
     "craft": "sparsmith.crafting.apply",
+    "convert": "sparsmith.exporting",
     "load_base": "sparsmith.crafting.base_model",
     "plan": "sparsmith.crafting.plan_stages",
     "save": "sparsmith.crafting.checkpoint",

@@ -20,6 +20,7 @@ _HOMES = {
     "evaluate_tasks": "sparsmith.app.use",
     "generate": "sparsmith.app.use",
     "export": "sparsmith.app.use",
+    "convert": "sparsmith.app.converting",
     "report": "sparsmith.app.use",
     "verify": "sparsmith.app.use",
     "import_camelidae": "sparsmith.app.use",

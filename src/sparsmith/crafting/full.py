@@ -70,6 +70,12 @@ def write_full(model: PreTrainedModel, folder: Path) -> Identity:
     model.save_pretrained(folder)
     if sources:
         _add_model_code(model, folder, sources)
+    return describe(model, folder)
+
+
+def describe(model: PreTrainedModel, folder: Path) -> Identity:
+    """Beside weights and config.json that lie in `folder`: what the model is and how it was made. Its tensors may be on the meta device."""
+    record = record_of(model)
     _stamp(folder, model, record)
     rows = {
         name: strict.TensorRow(shape=shape, dtype=kind, role=role)

@@ -37,7 +37,7 @@ def main(request_file: str) -> None:
     opener: Any = getattr(transformers, request["opener"])
     model, info = opener.from_pretrained(
         folder,
-        dtype="auto",
+        dtype=request["dtype"] if request["dtype"] == "auto" else getattr(torch, request["dtype"]),
         trust_remote_code=request["needs_code"],
         attn_implementation=request["attention"],
         output_loading_info=True,

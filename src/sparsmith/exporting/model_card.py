@@ -27,6 +27,8 @@ model = {opener}.from_pretrained("{path}"{code})
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```"""
 
+_UNUSED = "Those of tuning (`tune`, `lora`, `moe` but for `combine`) have had no effect yet."
+
 
 def model_card(model: PreTrainedModel, report: ExportReport, facts: dict[str, Any]) -> str:
     """README.md with the hub's front matter. `facts` may hold `recipe` (text), `run`, `plan` and `proof` (plain
@@ -36,13 +38,15 @@ def model_card(model: PreTrainedModel, report: ExportReport, facts: dict[str, An
         f"# {report.path.name}\n\n{_what(model, report)}",
         "## Open it\n\n" + _opening(model, report),
         "## Size\n\n" + _table(("", "count"), _sizes(report)),
-        "## Method\n\n" + _methods(model),
+        "## Method\n\n" + _methods(model) + ("" if report.tuned else "\n\n" + _UNUSED),
         "## Proof\n\n" + _proofs(report, facts),
     ]
     if report.slice:
         parts.insert(3, "## Depth\n\n" + _depth(report))
     if report.accounting:
         parts.insert(4, "## What was removed\n\n" + _removed(report))
+    elif report.cautions:
+        parts.insert(2, "## Know\n\n" + "\n".join(f"- {text}" for text in report.cautions))
     if report.settle:
         parts.append("## Merge\n\n" + _merge(report.settle))
     if facts.get("data"):
@@ -78,6 +82,8 @@ def _what(model: PreTrainedModel, report: ExportReport) -> str:
     name = "/".join(base[-2:]) if not record.base.id.startswith("/") else base[-1]
     made = f"Made with sparsmith {our_version()}" + (f" from `{name}`" if record.base.id else "")
     depth = " " + slice_words(report.slice) if report.slice else ""
+    if not report.tuned:
+        return f"{made} by sparse upcycling, **not tuned yet**. Model type `{report.model_type}`."
     return f"{made} by {titles}. Model type `{report.model_type}`.{depth}"
 
 
@@ -136,7 +142,7 @@ def _proofs(report: ExportReport, facts: dict[str, Any]) -> str:
             value = "equal bit for bit" if proof.get("bitwise") else _shown(proof.get("value"))
             rows.append((stage, str(proof["check"]), value, "passed" if proof.get("passed") else "FAILED"))
     if report.proof is None:
-        rows.append(("export", "reload in a clean process", "not asked for", "not run"))
+        rows.append(("export", "reload in a clean process", report.proof_skipped or "not asked for", "not run"))
     return _table(("stage", "check", "measured", "result"), rows)
 
 

@@ -37,6 +37,10 @@ class ExportReport:
     """Of a pruned model: `counted`, `deletable` and `measured`, each with the base of its percentages (`crafting/accounting.py`)."""
     cautions: tuple[str, ...] = ()
     """What a user must know, in sentences."""
+    proof_skipped: str = ""
+    """Why there is no proof although the export could have had one."""
+    tuned: bool = True
+    """False for a conversion: nothing has been trained."""
 
     @property
     def is_cut(self) -> bool:
@@ -52,7 +56,9 @@ class ExportReport:
 
     def proof_words(self) -> str:
         if self.proof is None:
-            return "not proven"
+            return f"left out: {self.proof_skipped}" if self.proof_skipped else "not proven"
+        if self.proof["limit"] is None:
+            return f"opens; logits moved by {self.proof['value']:.3g}, as asked for"
         return "logits equal" if self.proof["bitwise"] else "logits within rounding"
 
     def _line(self) -> str:

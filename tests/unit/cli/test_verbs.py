@@ -20,7 +20,8 @@ VERBS: dict[str, set[str]] = {
     | {"--tasks", "--tasks-data", "--limit", "--shots", "--scorer"},
     "generate": {"RUN|MODEL", "--prompt", "-p", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--raw"}
     | {"--depth", "--budget", "--exit-threshold", "--visit", "--self-speculative", "--profile", "--stats"},
-    "export": {"RUN", "OUT", "--depth", "--all", "--dtype", "--fold-scale", "--proof", "--no-proof"}
+    "export": {"RUN|RECIPE", "OUT", "KEY=VALUE", "--max-shard-size"}
+    | {"--depth", "--all", "--dtype", "--fold-scale", "--proof", "--no-proof"}
     | {"--form", "--deci", "--measure"},
     "report": {"RUN...", "--out"},
     "verify": {"DIR"},

@@ -19,6 +19,7 @@ from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.seeds import torch_generator
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # what this family's files call them
 
 
 class Place(NamedTuple):
@@ -44,18 +45,39 @@ def place_of(name: str, config: Any, chosen: tuple[int, ...]) -> Place | None:
 
 def copies(weight: Tensor, place: Place, config: UpcycleConfig, seed: int) -> Tensor:
     """(E, out, in): the experts' weights of one linear."""
-    stacked = weight.detach().expand(config.experts, *weight.shape)
     if not config.copy_noise or weight.is_meta:
-        return stacked
+        return weight.detach().expand(config.experts, *weight.shape)
+    return torch.stack([expert_copy(weight, place, expert, config, seed) for expert in range(config.experts)])
+
+
+def expert_copy(weight: Tensor, place: Place, expert: int, config: UpcycleConfig, seed: int) -> Tensor:
+    """(out, in): one expert's weight of one linear; without noise the donor's tensor itself."""
+    if not config.copy_noise or weight.is_meta:
+        return weight.detach()
     wide = weight.detach().float()
     scale = config.copy_noise * wide.std()
-    noise = torch.stack([_noise(wide, place, expert, seed) for expert in range(config.experts)])
-    return (wide + scale * noise.to(wide.device)).to(weight.dtype)
+    return (wide + scale * _noise(wide, place, expert, seed).to(wide.device)).to(weight.dtype)
 
 
 def _noise(like: Tensor, place: Place, expert: int, seed: int) -> Tensor:
     name = f"upcycle.noise.{place.block}.{place.linear}.{expert}"
     return torch.randn(like.shape, generator=torch_generator(seed, name))
+
+
+def expert_name(made: Any, place: Place, expert: int) -> str:
+    """Name in the files, which readers of every age know, of one expert's weight. `made`: the mixture's config."""
+    linear = _MIXTRAL[place.linear] if made.model_type == "mixtral" else place.linear
+    return f"{_home(made, place.block)}.experts.{expert}.{linear}.weight"
+
+
+def router_name(made: Any, block: int) -> str:
+    """Name in the files of a block's router."""
+    return f"{_home(made, block)}.{anatomy.of(made).router}.weight"
+
+
+def _home(made: Any, block: int) -> str:
+    row = anatomy.of(made)
+    return f"{row.blocks}.{block}.{'block_sparse_moe' if made.model_type == 'mixtral' else row.ffn}"
 
 
 def router_weight(block: int, hidden: int, config: UpcycleConfig, seed: int) -> Tensor:
