@@ -127,7 +127,7 @@ def plan(
     plans, crafted = _in_turn(pairs, hf_config)
     lora = _lora_of(pairs, crafted)
     trained = _by_role(plans, lora.count)
-    apart = tuple(f"`{method.name}`, {reason}" for method, c in pairs if (reason := method.unsharded(c)))
+    apart = tuple(f"not for FSDP2: `{m.name}`, {reason}" for m, c in pairs if (reason := m.unsharded(c)))
     added = sum(sum(p.added.values()) for p in plans)
     total = shape.total_params + added - sum(p.removed for p in plans)
     count = sum(trained.values())
@@ -168,11 +168,7 @@ def plan(
             "trainer_checkpoint": count * 4 + load.optimizer,
             "export": round(total * BYTES["bfloat16" if quant != "none" else dtype]),
         },
-        notes=(
-            *(note for p in plans for note in p.notes),
-            *_adapting_note(load),
-            *(f"not for FSDP2: {what}" for what in apart),
-        ),
+        notes=(*(note for p in plans for note in p.notes), *_adapting_note(load), *apart),
         per_rank={layout: rows for layout, rows in memory_per_rank(load).items() if layout != "fsdp2" or not apart},
     )
 
