@@ -39,7 +39,6 @@ def check_composition(configs: Sequence[MethodConfig], task: str = "causal_lm") 
                 )
     _check_lora(list(zip(methods, configs)))
     _check_alone(list(zip(methods, configs)))
-    _check_single(list(zip(methods, configs)))
     whole = [method.name for method, config in zip(methods, configs) if method.trains_base(config)]
     if len(whole) > 1:
         raise MethodError(
@@ -99,30 +98,20 @@ def _check_task(methods: Sequence[Method], task: str) -> None:
 
 
 def _check_alone(parts: Sequence[tuple[Method, MethodConfig]]) -> None:
-    """A method whose loss reaches its own tensors only leaves nothing for another to train."""
+    """A method whose loss reaches its own tensors only leaves nothing for another to train; some settings go with no other method."""
     for method, config in parts:
-        reason = method.trains_alone(config)
-        if reason and len(parts) > 1:
+        untrained, single = method.trains_alone(config), method.goes_alone(config)
+        if (untrained or single) and len(parts) > 1:
             other = next(one.name for one, _ in parts if one is not method)
+            way, mend = "other settings", f"Drop `{other}`, or change that setting."
+            if untrained:
+                way = "a trunk that trains"
+                mend = f"Tune `{other}` first and go on from its export, or let `{method.name}` train the trunk."
             raise MethodError(
                 "methods",
-                f"`{other}` beside `{method.name}` with {reason}",
-                f"`{method.name}` alone, or with a trunk that trains",
-                f"Tune `{other}` first and go on from its export, or let `{method.name}` train the trunk.",
-            )
-
-
-def _check_single(parts: Sequence[tuple[Method, MethodConfig]]) -> None:
-    """Settings with which a method goes with no other."""
-    for method, config in parts:
-        reason = method.goes_alone(config)
-        if reason and len(parts) > 1:
-            other = next(one.name for one, _ in parts if one is not method)
-            raise MethodError(
-                "methods",
-                f"`{other}` beside `{method.name}` with {reason}",
-                f"`{method.name}` alone, or with other settings",
-                f"Drop `{other}`, or change that setting.",
+                f"`{other}` beside `{method.name}` with {untrained or single}",
+                f"`{method.name}` alone, or with {way}",
+                mend,
             )
 
 

@@ -129,3 +129,22 @@ class Opener:
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         self.context.begin(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), tuple(given.shape[:2]), past)
+
+
+class RoutedForCausalLM(WrappedForCausalLM):
+    """An outer model whose blocks route tokens, and share a context that is opened for every forward."""
+
+    def open_with_decoder(self, base: Any, context: Any) -> None:
+        """Open `context` whenever the base's decoder is called."""
+        decoder = getattr(base, self.blocks.split(".")[0])
+        decoder.register_forward_pre_hook(Opener(context), with_kwargs=True)
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        """Non-reentrant only: the reentrant form cuts the gradient of the routing losses."""
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(f"{type(self).__name__} needs gradient checkpointing with use_reentrant=False.")
+        if gradient_checkpointing_func is not None:
+            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsmith.methods.pesc.layers import PescFFN, PescSettings
-from sparsmith.methods.wrapped import Opener, WrappedConfig, WrappedForCausalLM
+from sparsmith.methods.wrapped import RoutedForCausalLM, WrappedConfig
 from sparsmith.ops.route_context import RouteContext
 
 
@@ -27,7 +27,7 @@ class SparsmithPescConfig(WrappedConfig):
         super().__init__(base_config, **kwargs)
 
 
-class SparsmithPescForCausalLM(WrappedForCausalLM):
+class SparsmithPescForCausalLM(RoutedForCausalLM):
     """The crafted model. Build it by `sparsmith.craft`, or load it through `AutoModelForCausalLM`."""
 
     config_class = SparsmithPescConfig
@@ -39,8 +39,7 @@ class SparsmithPescForCausalLM(WrappedForCausalLM):
         self.settings = PescSettings.from_dict(self.config.pesc)
         self.route_context = RouteContext()
         graft(base, self.settings, self.route_context)
-        decoder = getattr(base, self.blocks.split(".")[0])
-        decoder.register_forward_pre_hook(Opener(self.route_context), with_kwargs=True)
+        self.open_with_decoder(base, self.route_context)
 
     @property
     def blocks(self) -> str:
@@ -56,16 +55,6 @@ class SparsmithPescForCausalLM(WrappedForCausalLM):
                 for part in adapters.modules():
                     part._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()
-
-    def _set_gradient_checkpointing(  # type: ignore[override]
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
-    ) -> None:
-        """Non-reentrant only: the reentrant form cuts the gradient of the routing losses."""
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("PESC needs gradient checkpointing with use_reentrant=False.")
-        if gradient_checkpointing_func is not None:
-            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any):
         """As the base. With `labels` while training, the loss holds the weighted routing losses too."""

@@ -142,6 +142,14 @@ class MoeSettings(StrictModel):
         return {name: weight for name, weight in weights.items() if weight}
 
 
+class ExpertLora(LoraSettings):
+    """The LoRA on attention and on every expert. The library that adapts stacked experts has no dropout there."""
+
+    r: Annotated[int, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 class UpcycleConfig(MethodConfig):
     """Each chosen FFN becomes E identical experts behind a new router, and the mixture is tuned whole."""
 
@@ -163,7 +171,7 @@ class UpcycleConfig(MethodConfig):
     """The stock architecture that comes out; `auto` = the first that says the donor's function exactly."""
     tune: Literal["full", "lora"] = "full"
     """`lora`: routers whole; a LoRA on attention and on every expert."""
-    lora: LoraSettings = LoraSettings(r=16, alpha=16, dropout=0.0)
+    lora: ExpertLora = ExpertLora()
     allow_16bit_experts: bool = False
     """Let an NF4 base keep its experts in 16 bits: the library that packs it leaves stacked experts as they are."""
     moe: MoeSettings = MoeSettings()

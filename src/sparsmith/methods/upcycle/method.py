@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsmith import anatomy
 from sparsmith.errors import MethodError
 from sparsmith.methods import route_health as health
-from sparsmith.methods.base import Batch, CraftContext, LossTerm, Method, MethodConfig, MethodPlan
+from sparsmith.methods.base import Batch, CraftContext, LoraSettings, LossTerm, Method, MethodConfig, MethodPlan
 from sparsmith.methods.upcycle import choosing, planning
 from sparsmith.methods.upcycle.build import build_sparse
 from sparsmith.methods.upcycle.config import UpcycleConfig
@@ -32,7 +32,6 @@ from sparsmith.ops.route_context import RouteContext
 
 if TYPE_CHECKING:
     from sparsmith.anatomy import Anatomy, ModelShape
-    from sparsmith.methods.base import LoraSettings
 
 
 class UpcycleMethod(Method):
@@ -136,7 +135,7 @@ class UpcycleMethod(Method):
         return self.asks_lora(config)
 
     def lora(self, config: UpcycleConfig, shape: ModelShape | None = None) -> LoraSettings | None:
-        return config.lora if self.asks_lora(config) else None
+        return LoraSettings(**config.lora.model_dump()) if self.asks_lora(config) else None
 
     def goes_alone(self, config: UpcycleConfig) -> str:
         return "experts that choose their tokens, whose model is of a type of its own" * config.choosing

@@ -20,7 +20,7 @@ from sparsmith.methods.upcycle.expert_choice import (
     choosers,
     let_experts_choose,
 )
-from sparsmith.methods.wrapped import Opener, WrappedConfig, WrappedForCausalLM
+from sparsmith.methods.wrapped import RoutedForCausalLM, WrappedConfig
 
 
 class SparsmithEcConfig(WrappedConfig):
@@ -33,7 +33,7 @@ class SparsmithEcConfig(WrappedConfig):
         super().__init__(base_config, **kwargs)
 
 
-class SparsmithEcForCausalLM(WrappedForCausalLM):
+class SparsmithEcForCausalLM(RoutedForCausalLM):
     """The model. Build it by `sparsmith.craft`, or load it through `AutoModelForCausalLM`."""
 
     config_class = SparsmithEcConfig
@@ -46,8 +46,7 @@ class SparsmithEcForCausalLM(WrappedForCausalLM):
         self.settings = ChoiceSettings.from_dict(self.config.expert_choice)
         self.route_context = ChoiceContext()
         let_experts_choose(base, self.settings, self.route_context)
-        decoder = getattr(base, self.blocks.split(".")[0])
-        decoder.register_forward_pre_hook(Opener(self.route_context), with_kwargs=True)
+        self.open_with_decoder(base, self.route_context)
 
     @property
     def blocks(self) -> str:
@@ -60,16 +59,6 @@ class SparsmithEcForCausalLM(WrappedForCausalLM):
             if not router.thresholds.is_meta and not getattr(router.thresholds, "_is_hf_initialized", False):
                 router.thresholds.fill_(UNFITTED)
         super().initialize_weights()
-
-    def _set_gradient_checkpointing(  # type: ignore[override]
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
-    ) -> None:
-        """Non-reentrant only: the reentrant form cuts the gradient of the routing loss."""
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("Expert choice needs gradient checkpointing with use_reentrant=False.")
-        if gradient_checkpointing_func is not None:
-            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any):
         """As the base. With `labels` while training, the loss holds the weighted z-loss of the routers too."""

@@ -414,3 +414,22 @@ def sm_settings(folder, **settings):
     from sparsmith.recipe.schema import ModelSettings
 
     return ModelSettings(path=str(folder), **{"dtype": "float32", **settings})
+
+
+def test_experts_that_choose_take_a_lora_too():
+    config = sm.UpcycleConfig(experts=4, tune="lora", lora={"r": 2}, moe={"router": "expert_choice"})
+    model = sm.craft(pico_model(), config)
+    assert check_roles(model) == sm.plan(pico_model(), config).trained
+    objective = Objective(model.train())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(3):
+        objective(**labelled_batch(seed=step))["loss"].backward()
+        UPCYCLE.after_forward(model, config)
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [p.abs().max() for n, p in model.named_parameters() if ".experts." in n and ".lora_B." in n]
+    assert moved and all(one > 0 for one in moved)
+    ids = pico_ids()
+    with torch.no_grad():
+        before = model.eval()(ids).logits
+        assert (sm.settle(model)(ids).logits - before).abs().max() <= 1e-4
