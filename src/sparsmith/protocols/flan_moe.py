@@ -198,8 +198,14 @@ def compare(recipe: Recipe, seeds: Sequence[int], out: Path, tune: Tune, settle:
     """
     settings = check(recipe, seeds)
     work = Work(recipe, settings, out, tune, settle)
-    for side in settings.sides.values():
-        work.side_config(side)  # all of them before the first run
+    for name, side in settings.sides.items():  # all of them before the first run
+        if work.side_config(side).choosing and (side.start is not None or 3 in settings.setups):
+            raise MethodError(
+                f"protocol.sides.{name}",
+                "experts that choose their tokens, where a run starts from another's result",
+                "a router by which tokens choose, whose result is a stock model that can be tuned further",
+                "Change moe.router, or write `setups: [1, 2]` without `start`.",
+            )
     flops = {name: work.flops(name) for name in settings.sides}
     heldout = tuple(source.name for source in recipe.data.eval)
     cells: list[SetupCell] = []
@@ -225,6 +231,10 @@ def check(recipe: Recipe, seeds: Sequence[int]) -> ProtocolSettings:
     if configs[0].control != "none":
         raise MethodError(
             "upcycle.control", f"`{configs[0].control}`", "none", "Name the dense twin under `protocol.sides`."
+        )
+    if recipe.train.steps is None:
+        raise MethodError(
+            "train.epochs", f"`{recipe.train.epochs:g}`", "train.steps, in which sides are matched", "Set it."
         )
     settings: Any = recipe.protocol
     if settings is None:

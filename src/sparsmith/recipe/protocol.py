@@ -47,6 +47,10 @@ class SingleTask(StrictModel):
     chance: Annotated[float, Field(ge=0, lt=100)] | None = None
     """Accuracy of guessing, in percent, for normalised scores of rank classification; absent = none are given."""
 
+    def clashes(self) -> Iterable[Clash]:
+        if "rank" not in self.eval.metrics:
+            yield from self.without_effect(["chance"], "rank among eval.metrics")
+
 
 class ProtocolSettings(StrictModel):
     """The three setups: tuned on a task; tuned on the mixture and asked; tuned on the mixture, then on a task."""

@@ -225,6 +225,25 @@ def test_recipes_that_are_not_for_it(tmp_path):
         check(recipe.model_copy(update={"methods": (UpcycleConfig(control="dense"),)}), [0])
 
 
+def test_what_would_fail_after_hours_is_refused_at_once(tmp_path, capsys):
+    choosing = {"dense": {"settings": {"control": "dense"}}, "moe": {"settings": {"moe": {"router": "expert_choice"}}}}
+    path = moe_recipe(tmp_path, sides=choosing)
+    assert main(["protocol", "flan-moe", str(path), "--seeds", "0"]) == 6
+    assert "experts that choose" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    path = moe_recipe(tmp_path)
+    assert main(["protocol", "flan-moe", str(path), "train.steps=null", "train.epochs=1", "--seeds", "0"]) == 6
+    assert "in which sides are matched" in capsys.readouterr().err
+
+
+def test_a_chance_without_ranks_is_refused(tmp_path, capsys):
+    path = moe_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["protocol"]["tasks"][0]["chance"] = 50
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    assert main(["plan", str(path)]) == 3
+    assert "rank among eval.metrics" in capsys.readouterr().err
+
+
 def test_a_source_of_a_task_that_is_not_there(tmp_path, capsys):
     path = moe_recipe(tmp_path)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -49,9 +49,7 @@ class UpcycleMethod(Method):
     # what it is
 
     def takes(self, config: UpcycleConfig) -> str:
-        if not config.sparse:
-            return "any"
-        return config.donor
+        return config.donor if config.sparse else "dense"
 
     def tunes_routers(self, config: UpcycleConfig) -> bool:
         return config.sparse
@@ -314,6 +312,8 @@ def quiet(model: nn.Module, config: UpcycleConfig) -> None:
     model.router_aux_loss_coef = 0.0  # type: ignore[assignment]
     if hasattr(made, "router_jitter_noise"):
         made.router_jitter_noise = 0.0  # the library's noise reaches the experts too (spec F3)
+        for _, ffn in sparse_blocks(model):
+            ffn.jitter_noise = 0.0  # read from the config once, when the block was built
     made._experts_implementation = config.moe.experts_impl
 
 

@@ -18,7 +18,8 @@ def plan(config: UpcycleConfig, base: Any, made: Any) -> MethodPlan:
     """
     before = anatomy.shape_of(base)
     if not config.sparse:
-        return MethodPlan(changes=(), added={}, trained={"dense": before.total_params}, notes=_dense_notes(before))
+        note = f"control dense: the base as it is, {before.total_params:,} parameters trained"
+        return MethodPlan(changes=(), added={}, trained={"dense": before.total_params}, notes=(note,))
     after = anatomy.shape_of(made)
     sparse = after.sparse
     assert sparse is not None
@@ -61,11 +62,6 @@ def _floats(sparse: anatomy.SparseShape, width: int) -> int:
     """Kept for the backward beyond a dense FFN's four tensors: each taken expert's, and the sorted inputs and outputs."""
     each = 4 * sparse.width * sparse.top_k + 2 * sparse.hidden * sparse.top_k - 4 * width
     return round(len(sparse.blocks) * each)
-
-
-def _dense_notes(shape: anatomy.ModelShape) -> tuple[str, ...]:
-    kept = f", of its {shape.sparse.experts} experts in each sparse block all" if shape.sparse else ""
-    return (f"control dense: the base as it is, {shape.total_params:,} parameters trained{kept}",)
 
 
 def _notes(config: UpcycleConfig, before: anatomy.ModelShape, after: anatomy.ModelShape) -> tuple[str, ...]:

@@ -120,6 +120,17 @@ def test_jitter_moves_routers_and_not_what_experts_see():
     assert torch.equal(*quiet)
 
 
+def test_a_checkpoints_own_jitter_does_not_reach_the_experts():
+    """A Mixtral keeps the noise of its config in every block, where it would multiply what the experts see."""
+    settled = sm.settle(crafted())
+    settled.config.router_jitter_noise = 0.1
+    noisy = type(settled)(settled.config)
+    noisy.load_state_dict(settled.state_dict())
+    assert sparse_blocks(noisy)[0][1].jitter_noise == 0.1
+    again = sm.craft(noisy, sm.UpcycleConfig(donor="sparse"))
+    assert torch.equal(inputs_of_experts(again, 0)[0][0], inputs_of_experts(again, 1)[0][0])
+
+
 def test_expert_dropout_thins_the_inner_activations_in_training_alone():
     model = crafted(pico_model(intermediate_size=512), moe={"expert_dropout": 0.2})
     experts = sparse_blocks(model)[0][1].experts
