@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -99,6 +100,38 @@ class _Thinning(nn.Module):
 @cache
 def _mixed(mixin: Any, family: Any) -> type:
     return type(f"{mixin.__name__.strip('_')}{family.__name__}", (mixin, family), {"__module__": __name__})
+
+
+class _AddLosses:
+    """A hook behind the model's forward: with `labels` while training, the loss holds the weighted routing losses, so that a loop or a
+    trainer of another library does not train without them. Our own objective calls the decoder and adds its terms itself."""
+
+    def __init__(self, context: RouteContext, weights: Mapping[str, float], norm: str) -> None:
+        self.context, self.weights, self.norm = context, dict(weights), norm
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not model.training or getattr(output, "loss", None) is None:
+            return
+        losses = self.context.losses(self.norm)
+        for name, weight in self.weights.items():
+            output.loss = output.loss + weight * losses[name].to(output.loss.device)
+
+
+def hook(model: nn.Module, context: RouteContext, weights: Mapping[str, float], norm: str) -> None:
+    """Open the context whenever the decoder is called, and add the losses to that of the model's own forward, in place."""
+    from sparsmith.methods.wrapped import Opener  # with the library's generation code, which a plan need not load
+
+    anatomy.backbone(model).register_forward_pre_hook(Opener(context), with_kwargs=True)
+    model.register_forward_hook(_AddLosses(context, weights, norm), with_kwargs=True)
+
+
+def unhook(model: nn.Module) -> None:
+    """Take both away again."""
+    from sparsmith.methods.wrapped import Opener
+
+    for hooks in (anatomy.backbone(model)._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, one in hooks.items() if isinstance(one, (Opener, _AddLosses))]:
+            del hooks[key]
 
 
 def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, context: RouteContext) -> None:

@@ -23,9 +23,11 @@ from sparsmith.methods.upcycle.layers import (
     experts_of,
     graft,
     hide_idle,
+    hook,
     sparse_blocks,
     thin,
     ungraft,
+    unhook,
 )
 from sparsmith.methods.upcycle.targets import sparse_config
 from sparsmith.ops.route_context import RouteContext
@@ -90,7 +92,9 @@ class UpcycleMethod(Method):
             capacity_factor=config.moe.capacity_factor,
             jitter=config.moe.jitter,
         )
-        graft(model, settings, config.moe.expert_dropout, RouteContext())
+        routes = RouteContext()
+        graft(model, settings, config.moe.expert_dropout, routes)
+        hook(model, routes, config.moe.loss_weights, config.moe.balance_norm)
         hide_idle(model, idle_names(model.config))
         quiet(model, config)
         for _, ffn in sparse_blocks(model):
@@ -145,10 +149,7 @@ class UpcycleMethod(Method):
 
     def before_forward(self, model: nn.Module, config: UpcycleConfig, batch: Batch) -> None:
         if config.sparse:
-            context, shape = context_of(model), tuple(batch.input_ids.shape)
-            context.hand(batch.token_mask, batch.input_ids, batch.position_ids, batch.domain)
-            if not config.choosing:  # there the decoder's own hook opens it
-                context.begin(None, None, None, (shape[0], shape[1]), 0)
+            context_of(model).hand(batch.token_mask, batch.input_ids, batch.position_ids, batch.domain)
 
     def loss_terms(self, model: nn.Module, config: UpcycleConfig, batch: Batch) -> dict[str, LossTerm]:
         weights = config.moe.loss_weights if config.sparse else {}
@@ -193,6 +194,7 @@ class UpcycleMethod(Method):
         if config.choosing:
             ungraft(model)
         elif config.sparse:
+            unhook(model)
             ungraft(model)
             restore(model, config)
             row = anatomy.anatomy_of(model)

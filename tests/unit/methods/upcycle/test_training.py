@@ -82,6 +82,26 @@ def test_terms_are_counted_once_and_are_the_closed_forms():
     assert out["loss"].item() == pytest.approx((plain + 0.5 * balance + 0.25 * z).item(), abs=1e-5)
 
 
+def test_another_trainers_loss_holds_the_terms_too_and_once():
+    """Spec test 7: a loop that calls the model with labels, as trainers of other libraries do, does not train without balance."""
+    model, batch = crafted(moe={"balance_coef": 0.5, "z_coef": 0.25}), labelled_batch(padded=False)
+    ours = Objective(model.train())(**batch)["loss"]
+    theirs = model(**batch).loss
+    assert theirs.item() == pytest.approx(ours.item(), abs=1e-6)
+    theirs.backward()
+    assert all(ffn.gate.weight.grad.abs().max() > 1e-6 for _, ffn in sparse_blocks(model))
+    with torch.no_grad():
+        plain = functional.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        assert model.eval()(**batch).loss.item() == pytest.approx(plain.item(), abs=1e-6)
+    assert ours.item() > plain.item() + 0.5
+    settled = sm.settle(copy.deepcopy(model)).train()
+    assert settled(**batch).loss.item() == pytest.approx(plain.item(), abs=1e-6)
+    twin = copy.deepcopy(model).train()
+    assert twin(**batch).loss.item() == pytest.approx(ours.item(), abs=1e-6), (
+        "a copy has hooks and a context of its own"
+    )
+
+
 def test_the_librarys_own_loss_stays_out():
     """Spec F2, test 7: a trainer that asks for router logits adds nothing to ours."""
     model, batch = crafted(), labelled_batch()
