@@ -168,7 +168,16 @@ class FlanMoeComparison:
             "table": self.table(),
             "gains": self.gains(),
             "runs": [cell.cell.run.name for cell in self.cells],
+            **({"kept_learning_rates": self.kept_rates()} if self.settings.task_learning_rates else {}),
         }
+
+    def kept_rates(self) -> list[dict[str, Any]]:
+        """Of every side, setup and task: the learning rate that the grid kept, by seed."""
+        kept: dict[tuple[str, int, str], dict[str, float]] = {}
+        for cell in self.cells:
+            if cell.kept_rate is not None:
+                kept.setdefault((cell.side, cell.setup, cell.task), {})[str(cell.seed)] = cell.kept_rate
+        return [{"side": s, "setup": n, "task": task, "rates": rates} for (s, n, task), rates in kept.items()]
 
     def markdown(self) -> str:
         """Every table as Markdown."""
@@ -242,7 +251,7 @@ def check(recipe: Recipe, seeds: Sequence[int]) -> ProtocolSettings:
             "protocol", "no section in the recipe", "sides and tasks", "Add `protocol:`; see docs/flan-moe.md."
         )
     sets = [*recipe.data.eval, *(task.eval for task in settings.tasks)]
-    names = [source.name for source in sets]
+    names = [one.name for one in (*sets, *(task.validation for task in settings.tasks if task.validation))]
     for one in names:
         if names.count(one) > 1:
             raise MethodError(

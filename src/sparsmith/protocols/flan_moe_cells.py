@@ -7,7 +7,7 @@ Setups (FLAN-MoE, arXiv 2305.14705): 1 the base tuned on one task; 2 the base tu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class SetupCell:
     cell: Cell
     base: dict[str, Any]
     """What the model that the run started from measured on the same rows (an evaluation as JSON)."""
+    kept_rate: float | None = None
+    """The learning rate that the grid kept; None where there was none."""
 
     @property
     def seed(self) -> int:
@@ -111,16 +113,19 @@ class Work:
     def _single(
         self, base: str, config: UpcycleConfig, name: str, setup: int, task: SingleTask, seed: int
     ) -> SetupCell:
-        """A cell of setup 1 or 3."""
+        """A cell of setup 1 or 3; of a grid of learning rates the one with the lowest validation loss, the first of equals."""
         kind = DIRECT if setup == 1 else THEN
         steps = self._steps(self.settings.task_steps or self.recipe.train.steps, name)
-        recipe = self._recipe(
-            base, config, f"{name}-seed{seed}-{kind}-{task.name}", seed, (task.eval,), steps=steps, train=(task.train,)
-        )
-        if self.settings.task_learning_rate:
-            train = recipe.train.model_copy(update={"learning_rate": self.settings.task_learning_rate})
-            recipe = recipe.model_copy(update={"train": train})
-        return self._cell(recipe, name, setup, task.name, seed)
+        grid = self.settings.task_learning_rates
+        evals = (task.eval, task.validation) if grid and task.validation else (task.eval,)
+        tried = []
+        for rate in grid or (self.settings.task_learning_rate or self.recipe.train.learning_rate,):
+            folder = f"{name}-seed{seed}-{kind}-{task.name}" + (f"-lr{rate:g}" if grid else "")
+            recipe = self._recipe(base, config, folder, seed, evals, steps=steps, train=(task.train,))
+            train = recipe.train.model_copy(update={"learning_rate": rate})
+            cell = self._cell(recipe.model_copy(update={"train": train}), name, setup, task.name, seed)
+            tried.append(replace(cell, kept_rate=rate) if grid else cell)
+        return min(tried, key=lambda cell: validation_loss(cell, task)) if grid else tried[0]
 
     def _recipe(
         self,
@@ -171,6 +176,12 @@ class Work:
         side = self.settings.sides[name]
         length = self.recipe.data.max_length
         return plan(side.path or self.recipe.model.path, self.side_config(side), max_length=length).flops.training
+
+
+def validation_loss(cell: SetupCell, task: SingleTask) -> float:
+    """Of a cell of the grid; the recipe's check saw that the rows are there."""
+    assert task.validation is not None
+    return cell.cell.result.sets[task.validation.name]["loss"].value
 
 
 def tuned_as_it_is(config: UpcycleConfig) -> UpcycleConfig:

@@ -29,7 +29,10 @@ _WORDS = {
 def sheets(comparison: FlanMoeComparison) -> list[Sheet]:
     """One table per metric, the gains, the cost."""
     found = [_metric(comparison, metric) for metric in _FORMS]
-    return [*(sheet for sheet in found if sheet.rows), _gains(comparison), _cost(comparison)]
+    last = [_gains(comparison), _cost(comparison)]
+    if comparison.settings.task_learning_rates:
+        last.append(_rates(comparison))
+    return [*(sheet for sheet in found if sheet.rows), *last]
 
 
 def _metric(comparison: FlanMoeComparison, metric: str) -> Sheet:
@@ -100,3 +103,18 @@ def _cost(comparison: FlanMoeComparison) -> Sheet:
     }
     heads = ("side", "parameters", "active", "training FLOPs/token", "x", "tokens by setup", "seconds")
     return Sheet("Size and cost", heads, rows, matched[comparison.settings.match])
+
+
+def _rates(comparison: FlanMoeComparison) -> Sheet:
+    rows = tuple(
+        (
+            row["side"],
+            _SHORT[row["setup"]],
+            row["task"],
+            ", ".join(f"{s}: {rate:g}" for s, rate in row["rates"].items()),
+        )
+        for row in comparison.kept_rates()
+    )
+    tried = ", ".join(f"{rate:g}" for rate in comparison.settings.task_learning_rates)
+    note = f"Tried for every side: {tried}; kept: the lowest loss on the task's validation rows."
+    return Sheet("Learning rates kept, by seed", ("side", "", "task", "rates"), rows, note, left=4)

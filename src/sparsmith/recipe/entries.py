@@ -34,7 +34,7 @@ def source_entries(tree: Tree, groups: tuple[str, ...] = ("train", "eval")) -> I
 def protocol_entries(tree: Tree) -> Iterator[tuple[Keys, dict[str, Any]]]:
     """The sources of a protocol's single tasks and of continued pre-training."""
     for keys, task in entries(tree, ("protocol", "tasks")):
-        for side in ("train", "eval"):
+        for side in ("train", "eval", "validation"):
             if isinstance(task.get(side), dict):
                 yield (*keys, side), task[side]
     sides = tree.get(("protocol", "sides"))

@@ -44,12 +44,17 @@ class SingleTask(StrictModel):
     name: Name
     train: TrainSource
     eval: EvalSource
+    validation: EvalSource | None = None
+    """Rows by which one of `task_learning_rates` is kept: neither trained on nor reported."""
     chance: Annotated[float, Field(ge=0, lt=100)] | None = None
     """Accuracy of guessing, in percent, for normalised scores of rank classification; absent = none are given."""
 
     def clashes(self) -> Iterable[Clash]:
         if "rank" not in self.eval.metrics:
             yield from self.without_effect(["chance"], "rank among eval.metrics")
+        if self.validation and "loss" not in self.validation.metrics:
+            found = ", ".join(self.validation.metrics)
+            yield Clash("validation.metrics", found, "loss among them: the lowest is kept", "Add loss.")
 
 
 class ProtocolSettings(StrictModel):
@@ -64,6 +69,9 @@ class ProtocolSettings(StrictModel):
     """Steps of setups 1 and 3; absent = the recipe's `train.steps`."""
     task_learning_rate: Rate | None = None
     """Absent = the recipe's."""
+    task_learning_rates: tuple[Rate, ...] = ()
+    """A grid in its place: setups 1 and 3 try each, the same for every side, and keep the one with the lowest loss on the task's
+    `validation` rows. Multiplies their runs."""
     match: Literal["tokens", "flops"] = "tokens"
     """`tokens`: both sides of a pair see the same stream; `flops`: the dearer side takes fewer steps of it, so that the training FLOPs
     are the dense side's."""
@@ -80,7 +88,25 @@ class ProtocolSettings(StrictModel):
             found = f"none, with setup {needing[0]}"
             yield Clash("tasks", found, "tasks to tune on", "Add `tasks`, or write `setups: [2]`.")
         if not needing:
-            yield from self.without_effect(["tasks", "task_steps", "task_learning_rate"], "setup 1 or 3")
+            unread = ["tasks", "task_steps", "task_learning_rate", "task_learning_rates"]
+            yield from self.without_effect(unread, "setup 1 or 3")
+        yield from self._grid_clashes()
         names = [task.name for task in self.tasks]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
             yield Clash("tasks", f"`{name}` twice", "a name for each task", "Rename one of them.")
+
+    def _grid_clashes(self) -> Iterable[Clash]:
+        rates = self.task_learning_rates
+        if rates and len(set(rates)) < max(2, len(rates)):
+            yield Clash(
+                "task_learning_rates", f"`{list(rates)}`", "two or more, each once", "Or set task_learning_rate."
+            )
+        if rates and self.task_learning_rate is not None:
+            yield Clash("task_learning_rate", "a rate beside the grid", "one of the two", "Remove one of them.")
+        for task in self.tasks:
+            if rates and task.validation is None:
+                expected = "rows to choose among task_learning_rates by"
+                yield Clash(f"tasks.{task.name}.validation", "nothing", expected, "Add `validation`, or one rate.")
+            if not rates and task.validation is not None:
+                found, unless = "rows that nothing reads", "task_learning_rates"
+                yield Clash(f"tasks.{task.name}.validation", found, unless, "Remove it, or give the grid.")

@@ -17,8 +17,8 @@ from sparsmith.cli import main
 from sparsmith.data import load_data
 from sparsmith.errors import MethodError, UsageError
 from sparsmith.methods.upcycle.config import UpcycleConfig
-from sparsmith.protocols.flan_moe import check
-from sparsmith.protocols.flan_moe_cells import Work, tuned_as_it_is
+from sparsmith.protocols.flan_moe import FlanMoeComparison, check
+from sparsmith.protocols.flan_moe_cells import SetupCell, Work, tuned_as_it_is
 from tests.kit.elastic import elastic_recipe
 from tests.kit.evalsets import char_tokenizer
 
@@ -152,6 +152,66 @@ def test_continued_pre_training_stands_before_everything(tmp_path, monkeypatch):
     ]
     assert {Path(one.model.path).parent.name for one in others[:2]} == {"moe-seed3-start"}
     assert all(one.methods[0].donor == "sparse" and one.data.loss_on == "response" for one in others)
+
+
+def with_grid(folder: Path, **section) -> Path:
+    """The recipe with a grid of two learning rates and rows to choose by."""
+    path = moe_recipe(folder, task_learning_rates=[0.001, 0.01], **section)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    task = recipe["protocol"]["tasks"][0]
+    task["validation"] = {**task["eval"], "name": "chosen_by"}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("losses", "kept"), [({0.001: 2.0, 0.01: 1.5}, 0.01), ({0.001: 1.0, 0.01: 1.0}, 0.001)])
+def test_a_grid_keeps_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch, losses, kept):
+    loaded = load_recipe(with_grid(tmp_path))
+    made = []
+
+    def cell(work, recipe, side, setup, task, seed):
+        made.append(recipe)
+        figures = {one.name: {"loss": SimpleNamespace(value=99.0)} for one in recipe.data.eval}
+        if "chosen_by" in figures:
+            figures["chosen_by"]["loss"].value = losses[recipe.train.learning_rate]
+        run = SimpleNamespace(run=Path(recipe.output), result=SimpleNamespace(sets=figures), seed=seed)
+        return SetupCell(side, setup, task, run, {})
+
+    monkeypatch.setattr(Work, "_cell", cell)
+    work = Work(loaded, check(loaded, SEEDS), tmp_path, None, lambda recipe, run: run.root / "settled")
+    found = work.run_side("moe", 3)
+    assert [(one.setup, one.kept_rate) for one in found] == [(1, kept), (2, None), (3, kept)]
+    assert [Path(one.output).name for one in made if "direct" in one.output] == [
+        f"moe-seed3-direct-one-lr{rate:g}" for rate in (0.001, 0.01)
+    ]
+    instruct = next(one for one in made if one.output.endswith("instruct"))
+    assert "chosen_by" not in [one.name for one in instruct.data.eval], "the rows of the choice are not reported"
+    compared = FlanMoeComparison(work.settings, tuple(found), {"moe": 1}, ("others",))
+    assert [(row["setup"], row["rates"]) for row in compared.kept_rates()] == [(1, {"3": kept}), (3, {"3": kept})]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"task_learning_rates": [0.01]}, "two or more"),
+        ({"task_learning_rates": [0.01, 0.01]}, "each once"),
+        ({"task_learning_rate": 0.1}, "one of the two"),
+        ({"task_learning_rates": []}, "rows that nothing reads"),
+        ({"setups": [2]}, "no effect"),
+    ],
+)
+def test_a_grid_that_chooses_nothing(tmp_path, capsys, change, match):
+    path = with_grid(tmp_path)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["protocol"].update(change)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    assert main(["plan", str(path)]) == 3
+    assert match in capsys.readouterr().err
+
+
+def test_a_grid_without_rows_to_choose_by(tmp_path, capsys):
+    assert main(["plan", str(moe_recipe(tmp_path, task_learning_rates=[0.001, 0.01]))]) == 3
+    assert "Add `validation`" in capsys.readouterr().err
 
 
 def test_a_contrast_is_the_signed_sum_on_the_same_draws():
