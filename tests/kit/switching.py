@@ -84,7 +84,15 @@ def make_switch_recipe(folder: Path, moe: dict[str, Any] | None = None, **train:
         "methods": [{"method": "upcycle", "donor": "sparse", "moe": {**MOE, **(moe or {})}}],
         "data": {
             "train": [{**source, "name": "rows", "path": "rows.jsonl"}],
-            "eval": [{**source, "name": "held", "path": "held.jsonl", "options": list("abcd"), "metrics": ["loss", "rank", "exact_match"]}],
+            "eval": [
+                {
+                    **source,
+                    "name": "held",
+                    "path": "held.jsonl",
+                    "options": list("abcd"),
+                    "metrics": ["loss", "rank", "exact_match"],
+                }
+            ],
             "max_length": 32,
             "workers": 1,
             "cache": str(folder / "cache"),

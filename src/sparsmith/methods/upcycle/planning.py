@@ -72,8 +72,8 @@ def _pair_notes(shape: anatomy.ModelShape) -> tuple[str, ...]:
     if not isinstance(shape, anatomy.PairShape):
         return ()
     return (
-        f"encoder-decoder: a token that is read passes {shape.input_weights:,} weights, one that is written {shape.output_weights:,}; FLOPs "
-        "per token are the mean of a row that is half read and half written, and active parameters are those of one of each together",
+        f"encoder-decoder: a token that is read passes {shape.input_weights:,} weights, one that is written {shape.output_weights:,}; "
+        "FLOPs per token are the mean of a row that is half read and half written, and active parameters are those of one of each together",
         "its attention is computed with score matrices, which the memory's activations do not hold",
     )
 

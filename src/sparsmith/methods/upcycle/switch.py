@@ -7,6 +7,7 @@ Shapes: B rows, S tokens of a stack, T = B*S tokens, D hidden, E experts, K = 1 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -52,8 +53,10 @@ class PairedRoutes:
         self.router_grads: list[Tensor] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PairedRoutes:
-        """A copied model starts with contexts of its own."""
-        return memo.setdefault(id(self), type(self)())
+        """A copied model starts with contexts of its own, the same that its copied routers hold."""
+        made = memo.setdefault(id(self), type(self)())
+        made.encoder, made.decoder = copy.deepcopy(self.encoder, memo), copy.deepcopy(self.decoder, memo)
+        return made
 
     @property
     def counts(self) -> dict[int, Tensor]:
