@@ -296,6 +296,8 @@ def config_of(base: Any, task: str | None, classes: int | None) -> tuple[str, An
     """(name, transformers config) of what `plan` takes as a base; the config says the task."""
     name, config = _read_config(base)
     wanted = task or anatomy.task_of(base if hasattr(base, "named_parameters") else config)
+    if wanted == anatomy.SEQ2SEQ:
+        anatomy.require_task(config, wanted)
     return name, anatomy.for_task(config, wanted, classes)
 
 

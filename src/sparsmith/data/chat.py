@@ -24,6 +24,7 @@ class ChatEncoder:
 
     recipe_template = "chat"
     classes: int | None = None
+    pairs = False
     ending: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Any, loss_on: str = "response") -> None:

@@ -56,7 +56,7 @@ def test_the_task_is_told_by_class_and_config():
 
 
 def test_the_wrong_task_is_refused_with_the_right_one():
-    with pytest.raises(UnsupportedAnatomy, match="Set model.task to seq2seq"):
+    with pytest.raises(UnsupportedAnatomy, match=r"Set model\.task to seq2seq"):
         anatomy.require_task(switch_model().config, anatomy.CAUSAL_LM)
-    with pytest.raises(UnsupportedAnatomy, match=r"Set model.task to causal_lm.*switch_transformers"):
+    with pytest.raises(UnsupportedAnatomy, match=r"Set model\.task to causal_lm.*switch_transformers"):
         anatomy.require_task(AutoConfig.for_model("llama"), anatomy.SEQ2SEQ)
