@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import (
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.kit.evalsets import char_tokenizer
 
@@ -41,6 +46,23 @@ def switch_model(seed: int = 0, **changes: Any) -> Any:
     model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**{**_SIZES, **changes}))
     torch.set_rng_state(state)
     return model.eval()
+
+
+def t5_model(seed: int = 0, **changes: Any) -> Any:
+    """The dense twin, of the same sizes, in eval mode."""
+    sizes = {key: value for key, value in _SIZES.items() if "sparse" not in key and key != "num_experts"}
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(T5Config(**{**sizes, **changes}))
+    torch.set_rng_state(state)
+    return model.eval()
+
+
+def save_t5(folder: Path) -> Path:
+    """A dense checkpoint with a tokenizer."""
+    t5_model().save_pretrained(folder)
+    char_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save_switch(folder: Path, **changes: Any) -> Path:

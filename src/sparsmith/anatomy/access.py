@@ -109,7 +109,7 @@ def softcap(model: nn.Module) -> float | None:
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits of the backbone's output, as the model itself computes them (softcap and scale included)."""
     config: Any = base_of(model).config
-    if anatomy_of(model).scaled_head and config.tie_word_embeddings:
+    if anatomy_of(model).scaled_head and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         hidden = hidden * config.hidden_size**-0.5
     logits, cap = head(model)(hidden), softcap(model)
     return logits if cap is None else (logits / cap).tanh() * cap

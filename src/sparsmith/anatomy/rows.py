@@ -119,6 +119,29 @@ def _encoder(name: str, **own: Any) -> Anatomy:
     )
 
 
+def _two_stacks(name: str, ffn: str, **own: Any) -> Anatomy:
+    """T5 and what was built on its code: an encoder-decoder."""
+    return Anatomy(
+        model_types=(name,),
+        blocks="decoder.block",
+        encoder_blocks="encoder.block",
+        ffn=f"layer.2.{ffn}",
+        encoder_ffn=f"layer.1.{ffn}",
+        attention="layer.0.SelfAttention",
+        norm="decoder.final_layer_norm",
+        embeddings="shared",
+        other_heads=(),
+        tasks=("seq2seq",),
+        attention_linears=("q", "k", "v", "o"),
+        ffn_linears=("wi", "wo"),
+        ffn_kind="plain",
+        norms_per_block=3,
+        head_counts="any",
+        scaled_head=True,
+        **own,
+    )
+
+
 _ROWS: list[Anatomy] = [
     Anatomy(model_types=("llama",), attention_bias="config", ffn_bias="config", head_counts="divides"),
     Anatomy(model_types=("mistral",), head_counts="any"),
@@ -210,26 +233,8 @@ _ROWS: list[Anatomy] = [
         ffn_bias="all",
     ),
     _encoder("bert", classifier_kind="biased", pooler="bert.pooler.dense", other_heads=("cls.",)),
-    Anatomy(
-        model_types=("switch_transformers",),
-        blocks="decoder.block",
-        encoder_blocks="encoder.block",
-        ffn="layer.2.mlp",
-        encoder_ffn="layer.1.mlp",
-        attention="layer.0.SelfAttention",
-        norm="decoder.final_layer_norm",
-        embeddings="shared",
-        other_heads=(),
-        tasks=("seq2seq",),
-        attention_linears=("q", "k", "v", "o"),
-        ffn_linears=("wi", "wo"),
-        ffn_kind="plain",
-        norms_per_block=3,
-        head_counts="any",
-        experts="experts",
-        router="router",
-        scaled_head=True,
-    ),
+    _two_stacks("t5", "DenseReluDense"),
+    _two_stacks("switch_transformers", "mlp", experts="experts", router="router"),
     _encoder(
         "roberta", classifier_kind="dense", positions_after_padding=True, other_heads=("lm_head.", "roberta.pooler.")
     ),

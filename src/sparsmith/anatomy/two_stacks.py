@@ -70,11 +70,12 @@ class PairShape(ModelShape):
 
     def _ffn_weights(self, blocks: range) -> int:
         """Weights of the FFNs of these blocks that one token uses, routers included, biases not."""
-        assert self.sparse is not None
-        mixed = sum(block in self.sparse.blocks for block in blocks)
-        expert = self.sparse.matrices * self.sparse.hidden * self.sparse.width
-        dense = sum(i * o for i, o in self.ffn_linears.values())
-        return (len(blocks) - mixed) * dense + mixed * (expert + self.sparse.experts * self.sparse.hidden)
+        dense, sparse = sum(i * o for i, o in self.ffn_linears.values()), self.sparse
+        if sparse is None:
+            return len(blocks) * dense
+        mixed = sum(block in sparse.blocks for block in blocks)
+        one = sparse.hidden * (sparse.matrices * sparse.width + sparse.experts)  # an expert and the router
+        return (len(blocks) - mixed) * dense + mixed * one
 
 
 def shape_of_pair(config: Any) -> PairShape:
@@ -82,7 +83,10 @@ def shape_of_pair(config: Any) -> PairShape:
     row, hidden, inner = of(config), config.d_model, config.num_heads * config.d_kv
     encoder, decoder = config.num_layers, config.num_decoder_layers
     sizes = ((hidden, inner),) * 3 + ((inner, hidden),)
-    wide = ((hidden, config.d_ff), (config.d_ff, hidden))
+    gated = bool(getattr(config, "is_gated_act", False))
+    inward = ("wi_0", "wi_1") if gated else row.ffn_linears[:-1]
+    wide = {f"{row.ffn}.{name}": (hidden, config.d_ff) for name in inward}
+    wide[f"{row.ffn}.{row.ffn_linears[-1]}"] = (config.d_ff, hidden)
     return PairShape(
         model_type=config.model_type,
         hidden=hidden,
@@ -95,9 +99,9 @@ def shape_of_pair(config: Any) -> PairShape:
         positions=0,
         max_length=0,
         tied=config.tie_word_embeddings,
-        ffn_kind=row.ffn_kind,
+        ffn_kind="gated" if gated else row.ffn_kind,
         attention_linears=dict(zip((f"{row.attention}.{name}" for name in row.attention_linears), sizes, strict=True)),
-        ffn_linears=dict(zip((f"{row.ffn}.{name}" for name in row.ffn_linears), wide, strict=True)),
+        ffn_linears=wide,
         biases=frozenset(),
         norm_params=(2 * encoder + 3 * decoder + 2) * hidden,
         final_norm_params=hidden,

@@ -20,7 +20,8 @@ def plan(config: UpcycleConfig, base: Any, made: Any) -> MethodPlan:
     before = anatomy.shape_of(base)
     if not config.sparse:
         note = f"control dense: the base as it is, {before.total_params:,} parameters trained"
-        return MethodPlan(changes=(), added={}, trained={"dense": before.total_params}, notes=(note,))
+        notes = (note, *_pair_notes(before))
+        return MethodPlan(changes=(), added={}, trained={"dense": before.total_params}, notes=notes)
     if switch.is_switch(base):
         switch.check(config)
     after = anatomy.shape_of(made)
@@ -71,10 +72,11 @@ def _pair_notes(shape: anatomy.ModelShape) -> tuple[str, ...]:
     """What an encoder-decoder's figures are of."""
     if not isinstance(shape, anatomy.PairShape):
         return ()
+    scores = "its attention is computed with score matrices, which the memory's activations do not hold"
     return (
         f"encoder-decoder: a token that is read passes {shape.input_weights:,} weights, one that is written {shape.output_weights:,}; "
         "FLOPs per token are the mean of a row that is half read and half written, and active parameters are those of one of each together",
-        "its attention is computed with score matrices, which the memory's activations do not hold",
+        *([scores] if shape.sparse else []),
     )
 
 

@@ -7,17 +7,17 @@ import copy
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM
 
 import sparsmith as sm
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.data import PairCollator
-from sparsmith.errors import CrossLayerStateError, MethodError, UnsupportedAnatomy
+from sparsmith.errors import MethodError, RefusedDonor, UnsupportedAnatomy
 from sparsmith.methods.upcycle.layers import sparse_blocks
 from sparsmith.methods.upcycle.method import UPCYCLE
 from sparsmith.methods.upcycle.switch import UNBOUNDED, routes_of
 from sparsmith.training.objective import Objective
-from tests.kit.switching import MOE, switch_model, switch_rows
+from tests.kit.switching import MOE, switch_model, switch_rows, t5_model
 
 LENGTHS = ((5, 3), (9, 4), (3, 6), (12, 2))
 
@@ -296,5 +296,28 @@ def test_other_methods_and_dense_donors_are_refused():
             sm.plan(model, method)
     with pytest.raises(UnsupportedAnatomy, match="mixture of experts already"):
         sm.plan(model, sm.UpcycleConfig(experts=4))
-    with pytest.raises(CrossLayerStateError, match="encoder"):
-        sm.plan(T5Config(), sm.UpcycleConfig(experts=4))
+    for verb in (sm.plan, sm.craft):
+        with pytest.raises(RefusedDonor, match=r"dense encoder-decoder.*control: dense"):
+            verb(t5_model(), sm.UpcycleConfig(experts=4))
+    with pytest.raises(MethodError, match="a mixture of experts, as donor is sparse"):
+        sm.plan(t5_model(), config())
+
+
+def test_the_dense_twin_is_matched_and_trains():
+    model, twin = switch_model(), sm.UpcycleConfig(control="dense")
+    plan = sm.plan(t5_model(), twin)
+    assert plan.trained_params == plan.total_params == sum(p.numel() for p in t5_model().parameters())
+    # a token of one expert costs what the dense FFN costs, and the router on top: 3 sparse blocks of 4 experts
+    routers = [32 * 4 * 2 * blocks for blocks in (1, 2)]
+    gap = sm.plan(model, config()).flops.forward - plan.flops.forward
+    assert gap == sum(routers) // 2
+    made = sm.craft(t5_model(), twin)
+    objective, batch = Objective(made.train()), batch_of(made)
+    with torch.no_grad():
+        plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        wanted = t5_model()(**plain).loss
+    out = objective(**batch)
+    assert out["terms"].keys() == {"task"}
+    assert out["loss"].item() == pytest.approx(wanted.item(), rel=1e-6)
+    losses = steps(made, 10)
+    assert losses[-1] < losses[0]

@@ -14,7 +14,7 @@ from sparsmith.cli import main
 from sparsmith.errors import RecipeErrors
 from sparsmith.methods import registry
 from sparsmith.recipe import load_recipe
-from tests.kit.switching import make_switch_recipe, save_switch, switch_model
+from tests.kit.switching import make_switch_recipe, save_t5, switch_model
 
 
 def called(capsys, *arguments):
@@ -55,18 +55,18 @@ def test_plan_tune_eval_export_and_report(tmp_path, capsys):
 @pytest.mark.long
 def test_the_protocol_runs_its_second_setup(tmp_path, capsys):
     path = make_switch_recipe(tmp_path, steps=2)
-    save_switch(tmp_path / "other", num_experts=2)
+    save_t5(tmp_path / "dense")
     recipe = yaml.safe_load(path.read_text())
     recipe["protocol"] = {
         "setups": [2],
-        "sides": {"four": {}, "two": {"path": "other"}},
-        "pairs": [["two", "four"]],
+        "sides": {"dense": {"path": "dense", "settings": {"control": "dense"}}, "switch": {}},
+        "pairs": [["dense", "switch"]],
     }
     path.write_text(yaml.safe_dump(recipe))
     code, told = called(capsys, "protocol", "flan-moe", path, "--seeds", "0")
     assert code == 0, told
     table = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert {row["side"] for row in table["table"]} == {"two", "four"}
+    assert {row["side"] for row in table["table"]} == {"dense", "switch"}
     assert all(row["training_flops_per_token"] > 0 for row in table["cost"])
 
 
