@@ -17,6 +17,7 @@ from sparsmith.data.rows import RowFault
 from sparsmith.errors import DataError
 from sparsmith.recipe.schema import DataSettings, TrainSource
 from tests.kit.evalsets import char_tokenizer
+from tests.kit.tasks import task_settings, write_tasks
 
 MERGED = [("c", "d")]  # a token that would cross from the prompt into the answer
 
@@ -106,3 +107,19 @@ def test_the_longest_micro_batch_is_the_widest_on_both_sides(tmp_path):
     batch = longest_batch(rows, collate, 1)
     assert int(batch["token_mask"].sum() + (batch["labels"] != -100).sum()) == int(tokens[widest])
     assert isinstance(tokens, np.ndarray) and int(trained.max()) == 4
+
+
+def test_tasks_of_a_mixture_are_pairs_with_the_same_answers(tmp_path):
+    write_tasks(tmp_path)
+    settings = task_settings(tmp_path)
+    plain, pairs = (
+        load_data(settings, char_tokenizer(), seed=1, base_dir=tmp_path, rows_needed=20, pairs=one)
+        for one in (False, True)
+    )
+    for index in range(20):
+        one, other = plain.train[index], pairs.train[index]
+        assert one["sample_ids"] == other["sample_ids"]
+        assert torch.equal(one["input_ids"], other["input_ids"]), "this tokenizer merges nothing and adds nothing"
+        assert torch.equal(one["labels"], other["labels"])
+    batch = PairCollator(0, 0)([pairs.train[index] for index in range(20)])
+    assert int((batch["labels"] != -100).sum()) == int(pairs.train.sizes()[1].sum())
