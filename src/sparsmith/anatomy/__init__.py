@@ -7,6 +7,7 @@ from sparsmith.anatomy.access import (
     base_of,
     blocks,
     ffn_of,
+    ffns,
     head,
     logits_of,
     probe,
@@ -18,13 +19,16 @@ from sparsmith.anatomy.classifier import classifier, classifier_tensors, narrow_
 from sparsmith.anatomy.experts import SparseShape, idle_biases, is_sparse, refuse_sparse, sparse_shape
 from sparsmith.anatomy.rows import Anatomy, families, of, register, unregister
 from sparsmith.anatomy.shape import ModelShape, shape_of
-from sparsmith.anatomy.tasks import CAUSAL_LM, SEQ_CLS, for_task, require_task, task_of
+from sparsmith.anatomy.tasks import CAUSAL_LM, SEQ2SEQ, SEQ_CLS, for_task, require_task, task_of
+from sparsmith.anatomy.two_stacks import PairShape, decode, encode
 
 __all__ = [
     "CAUSAL_LM",
+    "SEQ2SEQ",
     "SEQ_CLS",
     "Anatomy",
     "ModelShape",
+    "PairShape",
     "SparseShape",
     "anatomy_of",
     "attention_of",
@@ -33,8 +37,11 @@ __all__ = [
     "blocks",
     "classifier",
     "classifier_tensors",
+    "decode",
+    "encode",
     "families",
     "ffn_of",
+    "ffns",
     "for_task",
     "head",
     "idle_biases",

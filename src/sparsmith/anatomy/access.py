@@ -79,8 +79,20 @@ def set_ffn(block: nn.Module, module: nn.Module, row: Anatomy | None = None) -> 
     setattr(block, _name_in(block, row, "ffn"), module)
 
 
+def ffns(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
+    """(number of the block, path from the base, FFN) of every block. Of an encoder-decoder the encoder's blocks are counted first."""
+    row, base = anatomy_of(model), base_of(model)
+    stacks = [(row.encoder_blocks, row.encoder_ffn)] if row.encoder_blocks else []
+    found: list[tuple[int, str, nn.Module]] = []
+    for home, ffn in (*stacks, (row.blocks, row.ffn)):
+        for place, block in enumerate(walk(base, home)):
+            found.append((len(found), f"{home}.{place}.{ffn}", walk(block, ffn)))
+    return found
+
+
 def backbone(model: nn.Module) -> nn.Module:
-    """The model without its head: embeddings, blocks, final norm. Its output's `last_hidden_state` is what the head reads."""
+    """The model without its head: embeddings, blocks, final norm. Its output's `last_hidden_state` is what the head reads. Of an
+    encoder-decoder the decoder."""
     return walk(base_of(model), anatomy_of(model).blocks.split(".")[0])
 
 
@@ -95,7 +107,10 @@ def softcap(model: nn.Module) -> float | None:
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits of the backbone's output, as the model itself computes them (softcap included)."""
+    """Logits of the backbone's output, as the model itself computes them (softcap and scale included)."""
+    config: Any = base_of(model).config
+    if anatomy_of(model).scaled_head and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        hidden = hidden * config.hidden_size**-0.5
     logits, cap = head(model)(hidden), softcap(model)
     return logits if cap is None else (logits / cap).tanh() * cap
 

@@ -16,10 +16,10 @@ MEAN_TAKEN = "mean_experts_per_token"
 
 @dataclass(frozen=True)
 class SparseShape:
-    """The experts of a model. Each is a gated FFN of its own: 3 d w weights."""
+    """The experts of a model. Each is an FFN of its own: 3 d w weights where it is gated."""
 
     blocks: tuple[int, ...]
-    """Indices of the blocks whose FFN is a mixture."""
+    """Indices of the blocks whose FFN is a mixture. Of an encoder-decoder the encoder's blocks are counted first."""
     hidden: int
     """d."""
     experts: int
@@ -30,10 +30,13 @@ class SparseShape:
     """w, inner width of an expert."""
     shared: int | None
     """Inner width of the expert that every token takes beside them; 0: it is there and empty; None: the family has none."""
+    matrices: int = 3
+    """Weight matrices of an expert: 3 where it is gated, 2 where it is plain."""
+    router_bias: bool = False
 
     @property
     def expert_params(self) -> int:
-        return len(self.blocks) * self.experts * 3 * self.hidden * self.width
+        return len(self.blocks) * self.experts * self.matrices * self.hidden * self.width
 
     @property
     def stacked(self) -> dict[str, tuple[int, int]]:
@@ -51,7 +54,7 @@ class SparseShape:
 
     @property
     def router_params(self) -> int:
-        return len(self.blocks) * self.experts * self.hidden
+        return len(self.blocks) * self.experts * (self.hidden + self.router_bias)
 
     @property
     def shared_params(self) -> int:
@@ -78,6 +81,8 @@ def sparse_shape(config: Any) -> SparseShape | None:
     row = of(config)
     if not row.experts:
         return None
+    if row.encoder_blocks:
+        return _of_two_stacks(config)
     layers, listed = config.num_hidden_layers, set(getattr(config, "mlp_only_layers", None) or ())
     step = getattr(config, "decoder_sparse_step", None) or 1
     blocks = tuple(index for index in range(layers) if index not in listed and (index + 1) % step == 0)
@@ -89,6 +94,28 @@ def sparse_shape(config: Any) -> SparseShape | None:
         top_k=getattr(config, MEAN_TAKEN, None) or config.num_experts_per_tok,
         width=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
         shared=getattr(config, "shared_expert_intermediate_size", None) if row.shared_expert else None,
+    )
+
+
+def _of_two_stacks(config: Any) -> SparseShape:
+    """Of an encoder-decoder. In a stack every n-th block is sparse, from the second on, as its step n says; with 1 all are, and with 0
+    none. (A config that asks for none gets as step the number of blocks, and so one sparse block: the library builds it too.)"""
+
+    def sparse(step: int, at: int) -> bool:
+        return step > 0 and (step == 1 or at % step == 1)
+
+    encoder, decoder = config.num_layers, config.num_decoder_layers
+    blocks = [at for at in range(encoder) if sparse(config.encoder_sparse_step, at)]
+    blocks += [encoder + at for at in range(decoder) if sparse(config.decoder_sparse_step, at)]
+    return SparseShape(
+        blocks=tuple(blocks),
+        hidden=config.d_model,
+        experts=config.num_experts,
+        top_k=1,
+        width=config.d_ff,
+        shared=None,
+        matrices=2,
+        router_bias=config.router_bias,
     )
 
 

@@ -76,6 +76,12 @@ class Anatomy:
     """In a block: the norm between the attention and the residual stream, where there is one."""
     ffn_out_norm: str = ""
     """In a block: the norm between the FFN and the residual stream, where there is one."""
+    encoder_blocks: str = ""
+    """Of an encoder-decoder the encoder's blocks; `blocks`, `ffn`, `attention` and `norm` are then the decoder's."""
+    encoder_ffn: str = ""
+    """In a block of such an encoder."""
+    scaled_head: bool = False
+    """True where a head that is the embedding reads its input over sqrt(hidden)."""
 
     @property
     def linears(self) -> dict[str, tuple[str, str]]:
@@ -109,6 +115,29 @@ def _encoder(name: str, **own: Any) -> Anatomy:
         norm_bias=True,
         attention_bias="all",
         ffn_bias="all",
+        **own,
+    )
+
+
+def _two_stacks(name: str, ffn: str, **own: Any) -> Anatomy:
+    """T5 and what was built on its code: an encoder-decoder."""
+    return Anatomy(
+        model_types=(name,),
+        blocks="decoder.block",
+        encoder_blocks="encoder.block",
+        ffn=f"layer.2.{ffn}",
+        encoder_ffn=f"layer.1.{ffn}",
+        attention="layer.0.SelfAttention",
+        norm="decoder.final_layer_norm",
+        embeddings="shared",
+        other_heads=(),
+        tasks=("seq2seq",),
+        attention_linears=("q", "k", "v", "o"),
+        ffn_linears=("wi", "wo"),
+        ffn_kind="plain",
+        norms_per_block=3,
+        head_counts="any",
+        scaled_head=True,
         **own,
     )
 
@@ -204,6 +233,8 @@ _ROWS: list[Anatomy] = [
         ffn_bias="all",
     ),
     _encoder("bert", classifier_kind="biased", pooler="bert.pooler.dense", other_heads=("cls.",)),
+    _two_stacks("t5", "DenseReluDense"),
+    _two_stacks("switch_transformers", "mlp", experts="experts", router="router"),
     _encoder(
         "roberta", classifier_kind="dense", positions_after_padding=True, other_heads=("lm_head.", "roberta.pooler.")
     ),
@@ -244,9 +275,9 @@ def unregister(row: Anatomy) -> None:
         _ROWS.remove(row)
 
 
-def families() -> tuple[str, ...]:
-    """Every model type that has a row."""
-    return tuple(name for row in _ROWS for name in row.model_types)
+def families(task: str | None = None) -> tuple[str, ...]:
+    """Every model type that has a row; with a task those that do it."""
+    return tuple(name for row in _ROWS if task is None or task in row.tasks for name in row.model_types)
 
 
 def sparse_families() -> tuple[str, ...]:

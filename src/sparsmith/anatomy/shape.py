@@ -82,6 +82,12 @@ class ModelShape:
         ffn = sum(i * o for i, o in self.ffn_linears.values())
         return self.layers * attention + self.dense_blocks * ffn + (self.sparse.active_params if self.sparse else 0)
 
+    def forward_flops(self, context: int) -> int:
+        """FLOPs of a token's forward, which attends to so many: 2 per weight of blocks and head, and 4 * heads * head_dim per attended
+        token and block (scores, values)."""
+        linear = self.linear_weights + self.head_width * self.hidden
+        return 2 * linear + 4 * self.layers * self.heads * self.head_dim * context
+
     @property
     def embedding_params(self) -> int:
         return (self.vocab + self.positions + self.token_types) * self.hidden
@@ -153,6 +159,10 @@ def shape_of(subject: Any) -> ModelShape:
     task = task_of(subject)
     config = base_config(getattr(subject, "config", subject))
     row, classes = require_task(config, task), int(config.num_labels) if task == SEQ_CLS else 0
+    if row.encoder_blocks:
+        from sparsmith.anatomy.two_stacks import shape_of_pair
+
+        return shape_of_pair(config)
     hidden, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads

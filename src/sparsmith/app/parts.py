@@ -23,8 +23,10 @@ def load_base(recipe: Recipe) -> Any:
 
 def collator(recipe: Recipe, tokenizer: Any, model: Any) -> Any:
     """What makes batches of the recipe's rows for the model."""
-    from sparsmith.data import ClassCollator, Collator
+    from sparsmith.data import ClassCollator, Collator, PairCollator
 
+    if recipe.model.task == "seq2seq":
+        return PairCollator.of(model.config)
     if recipe.model.num_labels is not None:
         return ClassCollator(model.config.pad_token_id, recipe.data.max_length)
     return Collator.of(recipe.data, tokenizer, model.config)

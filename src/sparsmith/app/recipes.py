@@ -85,5 +85,10 @@ def _shown(recipe: Recipe, rows: int) -> Any:
     from sparsmith.data import show
 
     return show(
-        recipe.data, load_tokenizer(recipe.model), n=rows, seed=recipe.train.seed, classes=recipe.model.num_labels
+        recipe.data,
+        load_tokenizer(recipe.model),
+        n=rows,
+        seed=recipe.train.seed,
+        classes=recipe.model.num_labels,
+        pairs=recipe.model.task == "seq2seq",
     )

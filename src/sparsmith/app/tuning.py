@@ -190,6 +190,7 @@ class _Session:
                 epochs=train.epochs,
                 rejects=self.run.rejects if ranks.is_first() else None,
                 classes=self.recipe.model.num_labels,
+                pairs=self.recipe.model.task == "seq2seq",
                 select=train.select,
             )
         self.steps = train.steps or len(self.data.train) // train.batch_size

@@ -69,15 +69,17 @@ def evaluate(
     chosen = measured_recipe(recipe, overrides) if recipe is not None else own
     if chosen is None:
         raise UsageError(str(target), "no recipe", "a run, or --recipe with `data.eval`", "Add --recipe FILE.")
-    classes = model.config.num_labels if anatomy.task_of(model) == anatomy.SEQ_CLS else None
-    if chosen.model.num_labels != classes:
+    task = anatomy.task_of(model)
+    classes = model.config.num_labels if task == anatomy.SEQ_CLS else None
+    if (chosen.model.task, chosen.model.num_labels) != (task, classes):
         raise UsageError(
             str(recipe or target),
-            f"a recipe for {_task_words(chosen.model.num_labels)}",
-            f"one for {_task_words(classes)}, as the model is",
+            f"a recipe for {_task_words(chosen.model.task, chosen.model.num_labels)}",
+            f"one for {_task_words(task, classes)}, as the model is",
             "Give a recipe of the same task.",
         )
-    data = load_data(chosen.data, tokenizer, seed=chosen.train.seed, rows_needed=0, classes=classes)
+    pairs = task == anatomy.SEQ2SEQ
+    data = load_data(chosen.data, tokenizer, seed=chosen.train.seed, rows_needed=0, classes=classes, pairs=pairs)
     chosen_measure: Any = evaluate_depths if elastic_depths(model) else measure
     return chosen_measure(model, tokenizer, data.eval, seed=seed, domains=data.domains)
 
@@ -100,7 +102,9 @@ def evaluate_tasks(target: str | Path, tasks: Sequence[str], **options: Any) -> 
     return measure(placed(model), tokenizer, tasks, **options)
 
 
-def _task_words(classes: int | None) -> str:
+def _task_words(task: str, classes: int | None) -> str:
+    if task == "seq2seq":
+        return "an encoder-decoder"
     return "the next token" if classes is None else f"{classes} classes"
 
 

@@ -66,6 +66,7 @@ def craft(
     with _all_or_nothing(model):
         if task == anatomy.SEQ_CLS:
             anatomy.widen_classifier(model)
+        if task != anatomy.CAUSAL_LM:  # a config tells its task by this
             model.config.architectures = [type(model).__name__]
         before = probe_logits(model, seed) if proof else None
         model.requires_grad_(False)

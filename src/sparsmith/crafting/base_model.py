@@ -87,6 +87,7 @@ def load_base(
     head = ClassHead(settings.num_labels, labels, seed) if settings.num_labels else None
     model = open_base(
         path,
+        task=settings.task,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         shown=settings.path,
@@ -119,6 +120,7 @@ def _label(named: str, path: str) -> str:
 def open_base(
     path: str | Path,
     *,
+    task: str = anatomy.CAUSAL_LM,
     revision: str | None = None,
     trust_remote_code: bool = False,
     shown: str = "",
@@ -128,7 +130,7 @@ def open_base(
     """A model whose files hold exactly what its architecture asks for; of a classifier the class head may be missing whole, and is drawn.
 
     Args:
-        path: a folder or hub id. shown: how the user wrote it. head: of a sequence classifier its classes; None = a causal language model.
+        path: a folder or hub id. task: what it is to do. shown: how the user wrote it. head: of a sequence classifier its classes.
             options: for transformers' `from_pretrained`.
 
     Raises:
@@ -144,16 +146,17 @@ def open_base(
         config = AutoConfig.from_pretrained(path, **remote)
         check_config(shown, {**config.to_dict(), "attn_implementation": config._attn_implementation})
         if head is not None:
-            row = anatomy.require_task(config, anatomy.SEQ_CLS)
+            task = anatomy.SEQ_CLS
+            row = anatomy.require_task(config, task)
             head.enter(config, padding_of(path, config, **remote))
         else:
-            _refuse_encoder(config)
+            _refuse_other_task(config, task)
             if options.get("quantization_config") is not None:
                 options["quantization_config"].llm_int8_skip_modules = _left_whole(config)
         quantised = getattr(config, "quantization_config", None)
         if rows and quantised is None:  # quantised tensors are packed
             refuse_other_size(f"{path}/config.json", config, rows)
-        opener = auto_class(anatomy.CAUSAL_LM if head is None else anatomy.SEQ_CLS)
+        opener = auto_class(task)
         with torch.random.fork_rng(
             enabled=head is not None
         ):  # the library draws a missing head from the global generator
@@ -189,22 +192,29 @@ def own_task(path: str) -> dict[str, Any]:
     from sparsmith.crafting.class_head import ClassHead
 
     try:
-        head = ClassHead.of(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path)
+        head = ClassHead.of(config)
     except (OSError, ValueError, KeyError):  # told by the load that follows
         return {}
+    if anatomy.task_of(config) == anatomy.SEQ2SEQ:
+        return {"task": anatomy.SEQ2SEQ}
     return {"task": anatomy.SEQ_CLS, "num_labels": head.classes} if head else {}
 
 
 def auto_class(task: str) -> Any:
     """The class of transformers that opens a model of the task."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification if task == anatomy.SEQ_CLS else AutoModelForCausalLM
+    return {
+        anatomy.CAUSAL_LM: AutoModelForCausalLM,
+        anatomy.SEQ_CLS: AutoModelForSequenceClassification,
+        anatomy.SEQ2SEQ: AutoModelForSeq2SeqLM,
+    }[task]
 
 
-def _refuse_encoder(config: Any) -> None:
+def _refuse_other_task(config: Any, task: str) -> None:
     try:
-        anatomy.require_task(config, anatomy.CAUSAL_LM)
+        anatomy.require_task(config, task)
     except (UnknownAnatomy, CrossLayerStateError):  # told where an anatomy is needed; a plug-in may know it
         return
 

@@ -166,7 +166,7 @@ def _open_base(folder: Path, identity: Identity, base: Any, trust_remote_code: b
         )
     settings: dict[str, Any] = {"path": place, "quant": row.quant, "revision": row.revision if base is None else None}
     if row.task != "causal_lm":
-        settings |= {"task": row.task, "num_labels": len(row.labels)}
+        settings |= {"task": row.task, "num_labels": len(row.labels) or None}
     return load_base(
         ModelSettings(
             **settings,

@@ -47,7 +47,7 @@ class BaseIdentity(StrictModel):
     fast_hash: str | None
     """sha256 over the headers and the first MiB of the weight files; None for a base that lay in no file."""
     full_hash: str | None
-    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
+    task: Literal["causal_lm", "seq_cls", "seq2seq"] = "causal_lm"
     labels: tuple[str, ...] = ()
     """Of a classifier the names of its classes."""
 

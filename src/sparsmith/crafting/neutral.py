@@ -1,7 +1,7 @@
 """Proof 1: crafting leaves the function unchanged, seen on a probe batch.
 
 The probe is a fixed batch of token ids drawn from a named stream: two rows, the second shorter and padded, so that masks are used. A
-classifier gives few numbers for a row, and has more rows.
+classifier gives few numbers for a row, and has more rows. An encoder-decoder reads the probe, and is fed other ids of the same stream.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ def probe_batch(model: Any, seed: int) -> dict[str, torch.Tensor] | None:
     vocab = model.get_input_embeddings().weight.shape[0]
     classifies = anatomy.task_of(model) == anatomy.SEQ_CLS
     rows = CLASSIFIER_ROWS if classifies else 2
-    ids = torch.randint(0, vocab, (rows, PROBE_LENGTH), generator=torch_generator(seed, "proof.probe"))
+    stream = torch_generator(seed, "proof.probe")
+    ids = torch.randint(0, vocab, (rows, PROBE_LENGTH), generator=stream)
     mask = torch.ones_like(ids)
     mask[1::2, PROBE_LENGTH - PROBE_PADDING :] = 0
     padding = getattr(model.config, "pad_token_id", None)
     if classifies and padding is not None:  # where the class is read is told by the padding token
         ids = torch.where(ids == padding, (padding + 1) % vocab, ids).masked_fill(mask == 0, padding)
-    return {"input_ids": ids.to(parameter.device), "attention_mask": mask.to(parameter.device)}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if anatomy.task_of(model) == anatomy.SEQ2SEQ:
+        batch["decoder_input_ids"] = torch.randint(0, vocab, (rows, PROBE_LENGTH), generator=stream)
+    return {name: tensor.to(parameter.device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def plan(
         dtype, quant: number type and quantisation of the frozen base.
         max_length: tokens per row; micro_batch: rows per forward; batch_size: rows per step of all GPUs (default: `micro_batch`).
         optimizer: a name that the Trainer knows.
-        task: `causal_lm` or `seq_cls` of so many `classes`; absent = what the model, or the checkpoint, is for.
+        task: `causal_lm`, `seq2seq`, or `seq_cls` of so many `classes`; absent = what the model, or the checkpoint, is for.
 
     Raises:
         UnsupportedAnatomy, MethodError, CheckpointError.
@@ -278,15 +278,13 @@ def _adapting_note(load: Load) -> tuple[str, ...]:
 
 
 def _flops(load: Load, plans: Sequence[MethodPlan], lora: _Lora, whole: bool) -> Flops:
-    """Forward: 2 per weight of blocks and head, and 4 * heads * head_dim per attended token and block (scores, values).
+    """Forward: as the shape says (`ModelShape.forward_flops`).
 
     Training: the frozen weights are passed forward and once backward (to their inputs), or not at all backward where every method says
     so; trained ones twice backward; `whole`: the base itself trains.
     """
     shape, context = load.shape, load.max_length // 2
-    linear = shape.linear_weights + shape.head_width * shape.hidden
-    attention = 4 * shape.layers * shape.heads * shape.head_dim * context
-    base = 2 * linear + attention
+    base = shape.forward_flops(context)
     added = sum(p.flops_forward for p in plans)
     tuned = added + sum(p.flops_tuning for p in plans)
     passes = 3 if whole else 2 if any(p.base_backward for p in plans) or lora.count else 1
@@ -298,6 +296,8 @@ def config_of(base: Any, task: str | None, classes: int | None) -> tuple[str, An
     """(name, transformers config) of what `plan` takes as a base; the config says the task."""
     name, config = _read_config(base)
     wanted = task or anatomy.task_of(base if hasattr(base, "named_parameters") else config)
+    if wanted == anatomy.SEQ2SEQ:
+        anatomy.require_task(config, wanted)
     return name, anatomy.for_task(config, wanted, classes)
 
 

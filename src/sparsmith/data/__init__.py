@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsmith.data.collate import Collator
     from sparsmith.data.collate_classes import ClassCollator
+    from sparsmith.data.collate_pairs import PairCollator
     from sparsmith.data.evalsets import EvalRow, EvalSet
     from sparsmith.data.load import LoadedData, load_data, render_prompt
     from sparsmith.data.overlap_report import OverlapReport
@@ -28,6 +29,7 @@ _HOMES = {
     "LoadedData": "load",
     "load_data": "load",
     "OverlapReport": "overlap_report",
+    "PairCollator": "collate_pairs",
     "find_overlap": "overlap_search",
     "RowSet": "sources",
     "read_rows": "sources",
@@ -44,6 +46,7 @@ __all__ = [
     "EvalSet",
     "LoadedData",
     "OverlapReport",
+    "PairCollator",
     "RowSet",
     "find_overlap",
     "load_data",

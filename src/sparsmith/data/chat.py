@@ -24,6 +24,7 @@ class ChatEncoder:
 
     recipe_template = "chat"
     classes: int | None = None
+    pairs = False
     ending: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Any, loss_on: str = "response") -> None:
@@ -207,13 +208,18 @@ def unstable_template() -> RowFault:
     )
 
 
-def make_encoder(tokenizer: Any, template: str | None, loss_on: str, classes: int | None = None) -> Any:
-    """The encoder that the recipe asks for. `classes`: of a classifier how many there are."""
+def make_encoder(
+    tokenizer: Any, template: str | None, loss_on: str, classes: int | None = None, pairs: bool = False
+) -> Any:
+    """The encoder that the recipe asks for. `classes`: of a classifier how many there are; `pairs`: of an encoder-decoder."""
     from sparsmith.data.classes import ClassEncoder
+    from sparsmith.data.pairs import PairEncoder
     from sparsmith.data.tokens import DEFAULT_TEMPLATE, TemplateEncoder
 
     if classes is not None:
         return ClassEncoder(tokenizer, template, classes)
+    if pairs:
+        return PairEncoder(tokenizer, template)
     if template == "chat" or (template is None and tokenizer.chat_template):
         return ChatEncoder(tokenizer, loss_on)
     return TemplateEncoder(tokenizer, template or DEFAULT_TEMPLATE, loss_on)

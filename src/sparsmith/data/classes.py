@@ -69,12 +69,14 @@ class ClassEncoder:
         classes: how many there are.
     """
 
+    pairs = False
+
     def __init__(self, tokenizer: Any, template: str | None, classes: int) -> None:
         self.tokenizer, self.classes, self.loss_on = tokenizer, classes, "response"
         self.recipe_template = template or DEFAULT_TEMPLATE
         self.template = Template(self.recipe_template)
         self.special = special_words(tokenizer)
-        self.ending = _ending(tokenizer)
+        self.ending = ending_of(tokenizer)
         """What the tokenizer adds behind a text; a row that is cut keeps it."""
 
     def encode(self, rows: list[Messages]) -> list[TokenRow | RowFault]:
@@ -109,7 +111,8 @@ class ClassEncoder:
         return TokenRow(ids, [False] * len(ids))
 
 
-def _ending(tokenizer: Any) -> tuple[int, ...]:
+def ending_of(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that the tokenizer itself puts behind a text."""
     whole, bare = (encode_plain(tokenizer, [_PROBE], added=added)[0] for added in (True, False))
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), len(whole))
     return tuple(whole[start + len(bare) :])

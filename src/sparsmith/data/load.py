@@ -21,7 +21,7 @@ from sparsmith.data.evalsets import EvalSet, load_eval
 from sparsmith.data.prepare import TokenSet, prepare
 from sparsmith.data.rows import Reject, RowFault
 from sparsmith.data.selection import cut_selection
-from sparsmith.errors import RecipeError
+from sparsmith.errors import DataError, RecipeError
 from sparsmith.recipe.schema import DataSettings, SelectSettings
 
 
@@ -95,7 +95,14 @@ class LoadedData:
     """Rows cut from the training sources, by source, by which the best point of the run is chosen."""
 
     def collator(self, packing: bool | None = None, attention: str = "positions") -> Collator | ClassCollator:
-        """The collator that the recipe asks for."""
+        """The collator that the recipe asks for.
+
+        Raises:
+            DataError: rows for an encoder-decoder, whose config says with which token an answer starts.
+        """
+        if self.encoder.pairs:
+            mend = "Write PairCollator.of(model.config)."
+            raise DataError("collator", "rows for an encoder-decoder", "its config", mend)
         if self.encoder.classes is not None:
             return ClassCollator(pad_id_of(self.encoder.tokenizer), self.settings.max_length)
         packing = self.settings.packing if packing is None else packing
@@ -133,6 +140,7 @@ def load_data(
     epochs: float | None = None,
     rejects: Path | str | None = None,
     classes: int | None = None,
+    pairs: bool = False,
     select: SelectSettings | None = None,
 ) -> LoadedData:
     """Read, encode and order the recipe's data.
@@ -145,6 +153,7 @@ def load_data(
             unread, for evaluation alone.
         rejects: the folder where `on_bad_row: skip` writes `<source>.jsonl`; absent = they are only in the result.
         classes: of a classifier how many there are; absent = rows for a language model.
+        pairs: rows for an encoder-decoder.
         select: of a classifier how many training rows are cut off to select by.
 
     Raises:
@@ -152,7 +161,7 @@ def load_data(
     """
     base_dir = Path(base_dir)
     _refuse_twins(settings)
-    encoder = make_encoder(tokenizer, settings.template, settings.loss_on, classes)
+    encoder = make_encoder(tokenizer, settings.template, settings.loss_on, classes, pairs)
     cache_dir = base_dir / Path(settings.cache).expanduser() if settings.cache else cache.default_dir()
     domains = list(dict.fromkeys(source.domain for source in (*settings.sources, *settings.eval)))
     sources = settings.sources if rows_needed != 0 else ()

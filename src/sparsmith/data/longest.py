@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsmith.data.collate import IGNORE
+from sparsmith.data.collate_pairs import PairCollator
 
 if TYPE_CHECKING:
     from sparsmith.data.collate import Collator
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 _CANDIDATES = 64  # micro-batches with the most tokens whose packing is tried; the largest tensor is among them
 
 
-def longest_batch(rows: TrainRows, collate: Collator | ClassCollator, micro: int) -> dict[str, Tensor]:
+def longest_batch(rows: TrainRows, collate: Collator | ClassCollator | PairCollator, micro: int) -> dict[str, Tensor]:
     """The micro-batch of the stream whose tensors are the largest, with as many labels as the micro-batch that has the most.
 
     The head works on labelled tokens alone, and with a large vocabulary they weigh more than the rows' length; so further tokens are
-    labelled, up to the largest number of labels that any micro-batch brings.
+    labelled, up to the largest number of labels that any micro-batch brings. Of an encoder-decoder, whose rows are half read and half
+    written, the micro-batch that is widest on both sides together, as it is.
 
     Args:
         rows: the training stream; micro-batches are its rows in order.
@@ -30,6 +32,10 @@ def longest_batch(rows: TrainRows, collate: Collator | ClassCollator, micro: int
         micro: rows per forward.
     """
     tokens, trained = (_by_batch(sizes, micro) for sizes in rows.sizes())
+    if isinstance(collate, PairCollator):
+        number = collate.longest(tokens, trained)
+        stop = min((number + 1) * micro, len(rows))
+        return collate([rows[index] for index in range(number * micro, stop)])
     count = min(_CANDIDATES, len(tokens))
     # unpacked, every row is as wide as the longest: that one decides
     order = np.argsort(-(tokens.sum(axis=1) if collate.packing else tokens.max(axis=1)), kind="stable")[:count]

@@ -164,6 +164,7 @@ def prepare(
         settings.template,
         settings.loss_on,
         *([] if encoder.classes is None else [encoder.classes]),
+        *(["pairs"] if encoder.pairs else []),
         *([] if rendering is None else rendering.key),
     )
     stored = cache.read(cache_dir, key) if cache_dir else None

@@ -95,6 +95,8 @@ class TemplateEncoder:
 
     classes: int | None = None
     """Of a classifier's rows how many there are."""
+    pairs: bool = False
+    """True where a row is read by an encoder up to its answer."""
     ending: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Any, template: str = DEFAULT_TEMPLATE, loss_on: str = "response") -> None:

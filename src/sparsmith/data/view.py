@@ -118,10 +118,19 @@ def show(
     base_dir: Path | str = ".",
     rejects: Path | str | None = None,
     classes: int | None = None,
+    pairs: bool = False,
 ) -> DataView:
     """Load the data and look at the first `n` rows of the training stream."""
+    needed = max(n, 1)
     data = load_data(
-        settings, tokenizer, seed=seed, base_dir=base_dir, rows_needed=max(n, 1), rejects=rejects, classes=classes
+        settings,
+        tokenizer,
+        seed=seed,
+        base_dir=base_dir,
+        rows_needed=needed,
+        rejects=rejects,
+        classes=classes,
+        pairs=pairs,
     )
     return view_of(data, n)
 

@@ -57,6 +57,7 @@ def _in_processes(encoder: Any, rows: list[Messages], count: int) -> Iterator[To
             "template": encoder.recipe_template,
             "loss_on": encoder.loss_on,
             "classes": encoder.classes,
+            "pairs": encoder.pairs,
             "hash": tokenizer_hash(encoder.tokenizer),
         }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -113,7 +114,7 @@ def main(folder: Path, number: int) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     if tokenizer_hash(tokenizer) != job["hash"]:
         return 1
-    encoder = make_encoder(tokenizer, job["template"], job["loss_on"], job["classes"])
+    encoder = make_encoder(tokenizer, job["template"], job["loss_on"], job["classes"], job["pairs"])
     rows = json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
     _write(folder / f"{number}.npz", list(encode_here(encoder, rows)))
     return 0

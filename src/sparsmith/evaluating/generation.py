@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsmith import anatomy
 from sparsmith.evaluating.batching import BATCH_TOKENS, by_length, evaluation_mode, pad, pad_mask, takes_positions
+from sparsmith.evaluating.pairs import continue_pairs
 
 
 def greedy(
@@ -29,9 +31,10 @@ def greedy(
 ) -> list[list[int]]:
     """The continuation of every prompt, stop token left out; at most `max_new_tokens` tokens each."""
     written: list[list[int]] = [[] for _ in prompts]
+    go_on = continue_pairs if anatomy.task_of(model) == anatomy.SEQ2SEQ else _continue
     with evaluation_mode(model) as device:
         for indices in by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
-            rows = _continue([prompts[index] for index in indices], model, max_new_tokens, stop_ids, device)
+            rows = go_on([prompts[index] for index in indices], model, max_new_tokens, stop_ids, device)
             for index, row in zip(indices, rows):
                 written[index] = row
     return written

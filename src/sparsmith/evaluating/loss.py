@@ -20,6 +20,7 @@ from sparsmith import anatomy
 from sparsmith.bootstrap import RowScores
 from sparsmith.errors import DataError, ProofError, UnsupportedAnatomy
 from sparsmith.evaluating.batching import BATCH_TOKENS, by_length, evaluation_mode, pad, pad_mask
+from sparsmith.evaluating.pairs import pair_batch
 from sparsmith.evaluating.rows import IGNORE, require_rows, row_name
 from sparsmith.methods.base import Batch
 
@@ -43,7 +44,7 @@ def heldout_loss(
     """Summed loss and number of labelled tokens of every row.
 
     Args:
-        model: a causal LM; left in the mode it was in.
+        model: a causal LM or an encoder-decoder; left in the mode it was in.
         eval_set: rows with `input_ids` and `labels`.
         batch_tokens: tokens of one forward, padding included.
         on_batch: called with each batch right before its forward, for methods that measure (expert load by domain).
@@ -59,9 +60,10 @@ def heldout_loss(
     total_N = torch.zeros(len(rows), dtype=torch.float64)
     tokens_N = torch.zeros(len(rows), dtype=torch.float64)
     chosen_N: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(rows)
+    make = pair_batch if anatomy.task_of(model) == anatomy.SEQ2SEQ else _batch
     with evaluation_mode(model) as device:
         for indices in by_length([len(row.input_ids) for row in rows], batch_tokens):
-            batch = _batch([rows[index] for index in indices], domain, device)
+            batch = make([rows[index] for index in indices], domain, device, model)
             if on_batch is not None:
                 on_batch(batch)
             loss_B, tokens_B, chosen_P = _row_scores(model, batch, chosen is not None)
@@ -92,7 +94,7 @@ def row_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _row_scores(model: nn.Module, batch: Batch, choose: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `row_losses`, and the most likely token (P,) of each labelled position, row by row, where `choose`."""
-    targets = batch.labels[:, 1:]
+    targets = batch.labels[:, 1:] if batch.decoder_input_ids is None else batch.labels
     row_P, at_P = torch.nonzero(targets != IGNORE, as_tuple=True)
     targets_P = targets[row_P, at_P]
     parts = list(_losses(model, batch, row_P, at_P, targets_P, choose))
@@ -116,6 +118,10 @@ def _losses(
 
 def _label_logits(model: nn.Module, batch: Batch, row_P: Tensor, at_P: Tensor) -> Callable[[Tensor], Tensor]:
     """Logits (p, V) of a choice p of the labelled positions; of a family without an anatomy, from the whole forward."""
+    if batch.decoder_input_ids is not None:
+        read_BSD = anatomy.encode(model, batch.input_ids, batch.token_mask)
+        written_PD = anatomy.decode(model, batch.decoder_input_ids, read_BSD, batch.token_mask)[row_P, at_P]
+        return lambda part: anatomy.logits_of(model, written_PD[part])
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     try:
         backbone = anatomy.backbone(model)
@@ -126,7 +132,7 @@ def _label_logits(model: nn.Module, batch: Batch, row_P: Tensor, at_P: Tensor) -
     return lambda part: anatomy.logits_of(model, hidden_PD[part])
 
 
-def _batch(rows: list[Any], domain: int, device: torch.device) -> Batch:
+def _batch(rows: list[Any], domain: int, device: torch.device, _: nn.Module) -> Batch:
     ids = [list(row.input_ids) for row in rows]
     mask = pad_mask(ids, device=device)
     return Batch(

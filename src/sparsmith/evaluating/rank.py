@@ -7,7 +7,8 @@ UTF-8 bytes: bytes rather than characters, so that the figure does not hang on h
 
 An option is tokenised as the answer of its conversation would be in training, so that both meet the prompt at the same boundary. The
 tokens that all options of a row share go through the
-model once, and their key/value cache is read by every option.
+model once, and their key/value cache is read by every option. Of an encoder-decoder the prompt is read once, and every option is written
+to it.
 
 Paper: Sanh et al. 2021 (arXiv 2110.08207), section 5 names the procedure.
 Shape letters: B rows of a batch, O options of a batch, T option tokens, S tokens, V vocabulary.
@@ -23,10 +24,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparsmith import anatomy
 from sparsmith.bootstrap import RowScores
 from sparsmith.errors import DataError, ProofError
 from sparsmith.evaluating.batching import BATCH_TOKENS, by_length, evaluation_mode, pad, pad_mask
 from sparsmith.evaluating.generation import last_logits, step_inputs
+from sparsmith.evaluating.pairs import score_pairs
 from sparsmith.evaluating.rows import IGNORE, require_rows, row_name
 
 if TYPE_CHECKING:
@@ -76,9 +79,10 @@ def score_options(
     """Summed log-likelihood (nats) of every option of every row."""
     scores: list[list[float]] = [[] for _ in rows]
     widths = [sum(len(option.ids) for option in options) for options in rows]
+    score = score_pairs if anatomy.task_of(model) == anatomy.SEQ2SEQ else _score_batch
     with evaluation_mode(model) as device:
         for indices in by_length(widths, batch_tokens):
-            for index, values in zip(indices, _score_batch(model, [rows[i] for i in indices], device)):
+            for index, values in zip(indices, score(model, [rows[i] for i in indices], device)):
                 scores[index] = values
     return scores
 

@@ -69,7 +69,8 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 def _front_matter(model: PreTrainedModel, report: ExportReport) -> str:
     methods = [method.name for method, _ in _made_by(model)]
-    pipeline = "text-classification" if anatomy.task_of(model) == anatomy.SEQ_CLS else "text-generation"
+    kinds = {anatomy.SEQ_CLS: "text-classification", anatomy.SEQ2SEQ: "text2text-generation"}
+    pipeline = kinds.get(anatomy.task_of(model), "text-generation")
     lines = ["library_name: transformers", f"pipeline_tag: {pipeline}", "tags:", "- sparsmith"]
     lines += [f"- {name}" for name in methods]
     return "---\n" + "\n".join(lines) + "\n---"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsmith import durable
+from sparsmith import anatomy, durable
 from sparsmith.crafting import base_files, delta, full
 from sparsmith.crafting import tensors as strict
 from sparsmith.crafting.base_model import open_base, own_task
@@ -114,8 +114,9 @@ def _check_base(folder: Path) -> FolderReport:
     files = [file for file, _ in base_files.shards(folder)]
     for file in files:
         strict.check_file_finite(file)
-    classes = own_task(str(folder)).get("num_labels")
-    open_base(folder, head=ClassHead(classes) if classes else None, device_map="meta", dtype="auto")
+    own = own_task(str(folder))
+    classes, task = own.get("num_labels"), own.get("task", anatomy.CAUSAL_LM)
+    open_base(folder, task=task, head=ClassHead(classes) if classes else None, device_map="meta", dtype="auto")
     return FolderReport(
         path=str(folder),
         kind="base",

@@ -21,11 +21,18 @@ class ProfileMissing(EnvironmentFault):
 
 
 def require_text(model: Any, where: str = "generate") -> None:
-    """Refuse a classifier where text is to be written.
+    """Refuse a classifier where text is to be written, and an encoder-decoder, whose generation is not sparsmith's.
 
     Raises:
         UsageError: it is one.
     """
+    if anatomy.task_of(model) == anatomy.SEQ2SEQ:
+        raise UsageError(
+            where,
+            "an encoder-decoder, which writes to what another stack has read",
+            "a decoder alone: depths, drafts and the timings of its text are of one stack",
+            "Measure it with `sparsmith eval`, or export it and generate with AutoModelForSeq2SeqLM of transformers.",
+        )
     if anatomy.task_of(model) == anatomy.SEQ_CLS:
         raise UsageError(
             where,

@@ -134,18 +134,21 @@ class CraftContext:
 
 @dataclass
 class Batch:
-    """One micro-batch as the methods see it. B rows of S tokens; of a classifier each row is a text, never several packed."""
+    """One micro-batch as the methods see it. B rows of S tokens; of a classifier each row is a text, never several packed. Of an
+    encoder-decoder S tokens of each row are read and T written."""
 
     input_ids: Tensor
     """(B, S) int64"""
     labels: Tensor
-    """(B, S) int64, -100 = no loss; not shifted. Of a classifier (B,) int64, the class."""
+    """(B, S) int64, -100 = no loss; not shifted. Of a classifier (B,) int64, the class; of an encoder-decoder (B, T) int64, the answer."""
     token_mask: Tensor
     """(B, S) bool, False = padding"""
     domain: Tensor | None = None
     """(B, S) int64 index of the token's domain, -1 = none"""
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+    """Of an encoder-decoder (B, T) int64, the labels shifted right by one."""
 
 
 class Method:
@@ -161,7 +164,7 @@ class Method:
     reads_batches: ClassVar[bool] = True
     """False where `metrics` says nothing of the rows that ran, so that a run need not measure its evaluation rows for them."""
     tasks: ClassVar[tuple[str, ...]] = ("causal_lm",)
-    """What the method can be tuned for: `causal_lm`, `seq_cls`. Of a classifier it names the class head as its role `classifier`
+    """What the method can be tuned for: `causal_lm`, `seq_cls`, `seq2seq`. Of a classifier it names the class head as its role `classifier`
     (`anatomy.classifier_tensors`), else the head would not train."""
     rounding: ClassVar[float] = 1e-6
     """How far crafting may move a logit, over the largest one, where its algebra only sums in another order."""

@@ -158,7 +158,7 @@ def _validated(tree: Tree, method_configs: MethodConfigs) -> Recipe | None:
         tree.fault(("methods",), error.found, error.expected, error.mend)
         return None
     recipe = Recipe.model_construct(**{name: getattr(checked, name) for name in checked.model_fields_set})
-    if recipe.model.task != "seq_cls":
+    if recipe.model.task == "causal_lm":
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
 

@@ -54,8 +54,9 @@ class ModelSettings(StrictModel):
     """Number type of the frozen base. Trained weights are always held in float32."""
     quant: Literal["none", "nf4"] = "none"
     """`nf4`: 4-bit NormalFloat base with double quantisation (bitsandbytes), bfloat16 compute."""
-    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
-    """`seq_cls`: a class for each text, of a decoder or an encoder; where the checkpoint has no class head one is drawn from the seed. Only
+    task: Literal["causal_lm", "seq_cls", "seq2seq"] = "causal_lm"
+    """`seq_cls`: a class for each text, of a decoder or an encoder; where the checkpoint has no class head one is drawn from the seed.
+    `seq2seq`: an encoder-decoder, whose encoder reads a row's prompt and whose decoder writes its answer (docs/switch.md). Both only
     with methods that do it."""
     num_labels: Annotated[int, Field(ge=2)] | None = None
     """Number of classes; required by `seq_cls` and refused otherwise."""
@@ -80,11 +81,12 @@ class DataSettings(StrictModel):
     eval: tuple[EvalSource, ...] = ()
     template: Text | None = None
     """Prompt text with the fields `{system}` and `{prompt}`; `chat` = the tokenizer's chat template; absent = the chat template
-    where the tokenizer has one, else `### Human:\\n{prompt}\\n### Assistant:\\n`; with task seq_cls absent = `{prompt}`."""
+    where the tokenizer has one, else `### Human:\\n{prompt}\\n### Assistant:\\n`; with task seq_cls or seq2seq absent = `{prompt}`."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per row."""
     packing: bool = True
-    """Put several rows in one of `max_length` tokens, attention block-diagonal. Always off with task seq_cls: each text has a class."""
+    """Put several rows in one of `max_length` tokens, attention block-diagonal. Always off with task seq_cls, where each text has a class,
+    and with seq2seq, whose encoder reads one prompt."""
     over_long: Literal["drop", "truncate", "stop"] = "drop"
     """Rows of more than `max_length` tokens: left out, cut at the end (dropped where no answer token is left), or an error."""
     loss_on: Literal["response", "all"] = "response"

@@ -1,4 +1,4 @@
-"""Checks between `model.task` and the rest of a recipe: what a classifier needs, and what has no meaning for it."""
+"""Checks between `model.task` and the rest of a recipe: what a classifier or an encoder-decoder needs, and what has no meaning for it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def check_task(tree: Tree, tasks_of: TasksOf | None) -> None:
     if not classifies:
         if tree.get(("train", "select")) is not None:
             _without_effect(tree, ("train", "select"), "task seq_cls")
-        return
+        if task != "seq2seq":
+            return
     if tasks_of is not None:
         _methods(tree, task, tasks_of)
-    _data(tree)
+    (_data if classifies else _pairs)(tree)
 
 
 def _methods(tree: Tree, task: str, tasks_of: TasksOf) -> None:
@@ -46,6 +47,18 @@ def _labels(tree: Tree, classes: Any, classifies: bool) -> None:
         elif isinstance(labels, list) and isinstance(classes, int) and len(labels) != classes:
             expected = f"{classes}, as model.num_labels says (at {tree.place(('model', 'num_labels'))})"
             tree.fault((*keys, "labels"), f"{len(labels)} names", expected, "Name every class once, in order.")
+
+
+def _pairs(tree: Tree) -> None:
+    """What an encoder-decoder cannot do, or what has no meaning for it."""
+    if tree.get(("data", "packing")) is True:
+        found, expected = "`true`", "false, as the encoder reads one prompt and the decoder one answer"
+        tree.fault(("data", "packing"), found, expected, "Remove `packing`.")
+    if tree.get(("data", "loss_on")) == "all":
+        _without_effect(tree, ("data", "loss_on"), "task causal_lm: an encoder's tokens are read and not predicted")
+    if tree.get(("data", "template")) == "chat":
+        found, expected = "`chat`", "a text with {prompt}, as the encoder reads a text and no conversation"
+        tree.fault(("data", "template"), found, expected, "Write the template in the recipe, or remove it.")
 
 
 def _data(tree: Tree) -> None:

@@ -4,7 +4,8 @@ Being the outermost module, it lets DDP, FSDP2 and checkpointing hooks see every
 
     loss = sum over kept labels of CE / (kept labels of the whole accumulated batch) + sum over terms of weight * value * share
 
-Of a classifier a row has one label, its class, and the kept labels are its rows; all else is the same.
+Of a classifier a row has one label, its class, and the kept labels are its rows; all else is the same. Of an encoder-decoder the labels
+are the answer, and what the decoder is fed is shifted, not they.
 
 `share` is this micro-batch's part of the kept labels, so that terms that are means over a micro-batch (a balance loss) are averaged over
 the accumulation with the same weights as the task loss. Of several ranks each returns its part: the sum over ranks is the loss, and a term
@@ -43,9 +44,10 @@ class Objective(nn.Module):
         super().__init__()
         self.model: Any = model
         self.domains = domains
-        self.classifies = anatomy.task_of(model) == anatomy.SEQ_CLS
+        self.task = anatomy.task_of(model)
+        self.classifies, self.pairs = self.task == anatomy.SEQ_CLS, self.task == anatomy.SEQ2SEQ
         # told that it is a language model the Trainer counts kept labels without position 0 of each row, as the shift below does
-        self.loss_type = "ForSequenceClassification" if self.classifies else "ForCausalLM"
+        self.loss_type = "ForCausalLM" if self.task == anatomy.CAUSAL_LM else "ForSequenceClassification"
         record = record_of(model)
         self._parts: tuple[tuple[Method, MethodConfig], ...] = record.parts
         self._owner = next((part for part in record.parts if part[0].owns_objective), None)
@@ -59,6 +61,7 @@ class Objective(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         domain: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **_: Any,
     ) -> dict[str, Any]:
@@ -66,10 +69,12 @@ class Objective(nn.Module):
 
         Args:
             input_ids: (B, S) int64.
-            labels: (B, S) int64, not shifted, -100 = no loss; of a classifier (B,) int64, the classes.
+            labels: (B, S) int64, not shifted, -100 = no loss; of a classifier (B,) int64, the classes; of an encoder-decoder (B, T) int64,
+                the answers.
             token_mask: (B, S) bool, False = padding.
             position_ids, attention_mask: as the model takes them; packed rows come without a mask.
             domain: (B, S) int64, -1 = none.
+            decoder_input_ids: of an encoder-decoder (B, T) int64, what the decoder is fed.
             num_items_in_batch: kept labels of the whole accumulated batch over all ranks; default: of this micro-batch.
 
         Returns:
@@ -78,13 +83,13 @@ class Objective(nn.Module):
         if token_mask is None:
             two_dim = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
             token_mask = torch.ones_like(input_ids, dtype=torch.bool) if two_dim is None else two_dim.bool()
-        batch = Batch(input_ids, labels, token_mask, domain, position_ids, attention_mask)
+        batch = Batch(input_ids, labels, token_mask, domain, position_ids, attention_mask, decoder_input_ids)
         for method, config in self._parts:
             method.before_forward(self.model, config, batch)
         kept = self._targets(batch).ne(-100).sum()
         items = kept if num_items_in_batch is None else num_items_in_batch
         if self._owner is None:
-            losses = self._class_losses(batch) if self.classifies else self._token_losses(batch)
+            losses = self._losses(batch)
             task, statistics = losses.sum() / items, self._by_domain(batch, losses.detach())
         else:
             method, config = self._owner
@@ -119,8 +124,13 @@ class Objective(nn.Module):
         return self.model.get_output_embeddings()
 
     def _targets(self, batch: Batch) -> Tensor:
-        """What is predicted: (B, S - 1) tokens, or (B,) classes; -100 = not counted."""
-        return batch.labels if self.classifies else batch.labels[:, 1:]
+        """What is predicted: (B, S - 1) tokens, (B,) classes, or (B, T) tokens of an answer; -100 = not counted."""
+        return batch.labels[:, 1:] if self.task == anatomy.CAUSAL_LM else batch.labels
+
+    def _losses(self, batch: Batch) -> Tensor:
+        if self.classifies:
+            return self._class_losses(batch)
+        return self._answer_losses(batch) if self.pairs else self._token_losses(batch)
 
     def _token_losses(self, batch: Batch) -> Tensor:
         """(P,) cross-entropies of the next token; positions without a label are dropped before norm-to-head work is done."""
@@ -128,6 +138,14 @@ class Objective(nn.Module):
         targets = self._targets(batch)
         keep = targets.ne(-100)
         return token_cross_entropy(lambda h: anatomy.logits_of(self.model, h), hidden[:, :-1][keep], targets[keep])
+
+    def _answer_losses(self, batch: Batch) -> Tensor:
+        """(P,) cross-entropies of the tokens that the decoder writes."""
+        assert batch.decoder_input_ids is not None
+        read = anatomy.encode(self.model, batch.input_ids, batch.token_mask)
+        hidden = anatomy.decode(self.model, batch.decoder_input_ids, read, batch.token_mask)
+        keep = batch.labels.ne(-100)
+        return token_cross_entropy(lambda h: anatomy.logits_of(self.model, h), hidden[keep], batch.labels[keep])
 
     def _class_losses(self, batch: Batch) -> Tensor:
         """(P,) cross-entropies of the rows that have a class."""
@@ -140,6 +158,8 @@ class Objective(nn.Module):
             return {}
         keep = self._targets(batch).ne(-100)
         domain = batch.domain[:, 0] if self.classifies else batch.domain[:, 1:]
+        if self.pairs:  # an answer is of the domain of its prompt
+            domain = batch.domain[:, :1].expand_as(batch.labels)
         # one slot more than domains: tokens of no domain (-1) fall into the last and are cut off
         index = domain[keep] % (self.domains + 1)
         sums = losses.new_zeros(self.domains + 1).index_add_(0, index, losses)

@@ -7,7 +7,7 @@ import pytest
 from sparsmith import anatomy
 from sparsmith.errors import UnsupportedAnatomy
 
-SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo")
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "switch_transformers")
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,11 @@ def _target(text: str, rows: TaskRows) -> Callable[[Row], str | list[str]]:
 def _require_text(model: nn.Module, tokenizer: Any) -> None:
     if anatomy.task_of(model) == anatomy.SEQ_CLS:
         raise UsageError("tasks", "a classifier", "a model that writes text", "Measure it on sets of a recipe.")
+    if anatomy.task_of(model) == anatomy.SEQ2SEQ:
+        found, expected = "an encoder-decoder", "a decoder, whose text goes on from its question"
+        raise UsageError(
+            "tasks", found, expected, "Measure it on sets of a recipe with metrics loss, rank, exact_match."
+        )
     if tokenizer.eos_token_id is None:
         raise DataError("tokenizer", "no end-of-sequence token", "a tokenizer with one", "Set tokenizer.eos_token.")
 

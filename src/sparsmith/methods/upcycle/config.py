@@ -7,7 +7,7 @@ extension: FLAN-MoE's models were pre-trained sparse.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -153,6 +153,7 @@ class ExpertLora(LoraSettings):
 class UpcycleConfig(MethodConfig):
     """Each chosen FFN becomes E identical experts behind a new router, and the mixture is tuned whole."""
 
+    tasks: ClassVar[tuple[str, ...]] = ("causal_lm", "seq2seq")
     method: Literal["upcycle"] = "upcycle"
     donor: Literal["dense", "sparse"] = "dense"
     """`sparse`: the base is a mixture already (pre-trained sparse, or upcycled before): nothing is converted, only tuned."""

@@ -32,7 +32,7 @@ class RouterSettings:
     jitter: float
 
 
-class _Routed(nn.Module):
+class Routed(nn.Module):
     """Mixed into a family's router: logits in float32 from a copy of the input, and all that happens in training alone."""
 
     settings: RouterSettings
@@ -98,11 +98,12 @@ class _Thinning(nn.Module):
 
 
 @cache
-def _mixed(mixin: Any, family: Any) -> type:
+def mixed(mixin: Any, family: Any) -> type:
+    """The subclass of a family's module with a mixin before it."""
     return type(f"{mixin.__name__.strip('_')}{family.__name__}", (mixin, family), {"__module__": __name__})
 
 
-class _AddLosses:
+class AddLosses:
     """A hook behind the model's forward: with `labels` while training, the loss holds the weighted routing losses, so that a loop or a
     trainer of another library does not train without them. Our own objective calls the decoder and adds its terms itself."""
 
@@ -122,7 +123,7 @@ def hook(model: nn.Module, context: RouteContext, weights: Mapping[str, float], 
     from sparsmith.methods.wrapped import Opener  # with the library's generation code, which a plan need not load
 
     anatomy.backbone(model).register_forward_pre_hook(Opener(context), with_kwargs=True)
-    model.register_forward_hook(_AddLosses(context, weights, norm), with_kwargs=True)
+    model.register_forward_hook(AddLosses(context, weights, norm), with_kwargs=True)
 
 
 def unhook(model: nn.Module) -> None:
@@ -130,7 +131,7 @@ def unhook(model: nn.Module) -> None:
     from sparsmith.methods.wrapped import Opener
 
     for hooks in (anatomy.backbone(model)._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, one in hooks.items() if isinstance(one, (Opener, _AddLosses))]:
+        for key in [key for key, one in hooks.items() if isinstance(one, (Opener, AddLosses))]:
             del hooks[key]
 
 
@@ -139,7 +140,7 @@ def graft(model: nn.Module, settings: RouterSettings, expert_dropout: float, con
     for index, ffn in sparse_blocks(model):
         row = anatomy.anatomy_of(model)
         router, experts = getattr(ffn, row.router), experts_of(ffn, row.experts)
-        router.__class__ = _mixed(_Routed, cast(Any, type(router)))
+        router.__class__ = mixed(Routed, cast(Any, type(router)))
         router.settings, router.block = settings, index
         object.__setattr__(router, "context", context)
         shared = [getattr(ffn, name) for name in ("shared_expert", "shared_expert_gate") if hasattr(ffn, name)]
@@ -152,7 +153,7 @@ def thin(model: nn.Module, expert_dropout: float) -> None:
     """Put dropout into the experts of every sparse block, in place, where there is any."""
     for _, ffn in sparse_blocks(model) if expert_dropout else ():
         experts = getattr(ffn, anatomy.anatomy_of(model).experts)
-        experts.__class__ = _mixed(_Thinning, cast(Any, type(experts)))
+        experts.__class__ = mixed(_Thinning, cast(Any, type(experts)))
         experts.expert_dropout = expert_dropout
 
 
@@ -170,17 +171,23 @@ def ungraft(model: nn.Module) -> None:
     for _, ffn in sparse_blocks(model):
         shared = [getattr(ffn, name) for name in ("shared_expert", "shared_expert_gate") if hasattr(ffn, name)]
         for module in (getattr(ffn, row.router), experts_of(ffn, row.experts), *shared):
-            if isinstance(module, (_Routed, _Thinning)):
-                module.__class__ = type(module).__mro__[2]
+            if isinstance(module, (Routed, _Thinning)):
+                module.__class__ = type(module).__bases__[1]
             for name in ("settings", "context", "block", "expert_dropout", "sparsmith_grafted"):
                 module.__dict__.pop(name, None)
 
 
 def sparse_blocks(model: nn.Module) -> list[tuple[int, Any]]:
     """(index, FFN) of every sparse block."""
+    return [(index, ffn) for index, _, ffn in sparse_places(model)]
+
+
+def sparse_places(model: nn.Module) -> list[tuple[int, str, Any]]:
+    """(index, path from the base, FFN) of every sparse block. Of an encoder-decoder the encoder's blocks are counted first."""
     row = anatomy.anatomy_of(model)
-    found = ((index, anatomy.ffn_of(block, row)) for index, block in enumerate(anatomy.blocks(model)))
-    return [(index, ffn) for index, ffn in found if row.experts and hasattr(ffn, row.experts)]
+    if not row.experts:
+        return []
+    return [(index, path, ffn) for index, path, ffn in anatomy.ffns(model) if hasattr(ffn, row.experts)]
 
 
 def experts_of(ffn: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ from sparsmith import anatomy
 from sparsmith.errors import MethodError
 from sparsmith.methods import route_health as health
 from sparsmith.methods.base import Batch, CraftContext, LoraSettings, LossTerm, Method, MethodConfig, MethodPlan
-from sparsmith.methods.upcycle import choosing, planning
+from sparsmith.methods.upcycle import choosing, planning, switch
 from sparsmith.methods.upcycle.build import build_sparse
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.methods.upcycle.convert import idle_names
@@ -25,6 +25,7 @@ from sparsmith.methods.upcycle.layers import (
     hide_idle,
     hook,
     sparse_blocks,
+    sparse_places,
     thin,
     ungraft,
     unhook,
@@ -41,6 +42,7 @@ class UpcycleMethod(Method):
     title: ClassVar[str] = "Upcycle: a mixture of experts from a dense model, tuned under the FLAN-MoE protocol"
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.14705"
     config_class: ClassVar[type[MethodConfig]] = UpcycleConfig
+    tasks: ClassVar[tuple[str, ...]] = UpcycleConfig.tasks
     rounding: ClassVar[float] = 1e-5
     """Weights that sum to 1 but for rounding, in every block."""
     conflicts: ClassVar[Mapping[str, str]] = {
@@ -81,6 +83,9 @@ class UpcycleMethod(Method):
         if config.converts:
             anatomy.probe(model)
             model = build_sparse(model, config, context.seed)
+        if switch.is_switch(model):
+            switch.graft(model, config)
+            return model
         if config.choosing:
             quiet(model, config)
             thin(model, config.moe.expert_dropout)
@@ -104,6 +109,8 @@ class UpcycleMethod(Method):
         return model
 
     def while_proven(self, model: nn.Module, config: UpcycleConfig) -> AbstractContextManager[None]:
+        if config.sparse and switch.is_switch(model):
+            return switch.as_stored(model)
         return choosing.seeing_ahead(model) if config.choosing else nullcontext()
 
     def roles(self, model: nn.Module, config: UpcycleConfig) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -148,14 +155,16 @@ class UpcycleMethod(Method):
     # the losses
 
     def before_forward(self, model: nn.Module, config: UpcycleConfig, batch: Batch) -> None:
-        if config.sparse:
+        if config.sparse and switch.is_switch(model):
+            switch.routes_of(model).hand(batch)
+        elif config.sparse:
             context_of(model).hand(batch.token_mask, batch.input_ids, batch.position_ids, batch.domain)
 
     def loss_terms(self, model: nn.Module, config: UpcycleConfig, batch: Batch) -> dict[str, LossTerm]:
         weights = config.moe.loss_weights if config.sparse else {}
         if not weights:
             return {}
-        context = context_of(model)
+        context = _routes_of(model)
         losses = context.losses(config.moe.balance_norm, over_ranks=True)
         for name, value in losses.items():
             context.note(name, value)
@@ -167,9 +176,13 @@ class UpcycleMethod(Method):
     def after_forward(self, model: nn.Module, config: UpcycleConfig) -> None:
         if not config.sparse:
             return
-        context, router = context_of(model), anatomy.anatomy_of(model).router
+        context, router = _routes_of(model), anatomy.anatomy_of(model).router
         if config.moe.trains_gate:
-            grads = [getattr(ffn, router).weight.grad for _, ffn in sparse_blocks(model)]
+            grads = (
+                switch.router_grads(model)
+                if switch.is_switch(model)
+                else [getattr(ffn, router).weight.grad for _, ffn in sparse_blocks(model)]
+            )
             context.router_grads = [g.norm() for g in grads if g is not None] or context.router_grads
         if config.choosing:
             choosing.follow(context)
@@ -179,7 +192,7 @@ class UpcycleMethod(Method):
         if not config.sparse:
             return {}
         own = choosing.figures(context_of(model)) if config.choosing else {}
-        return {**health.read(context_of(model)), **own}
+        return {**health.read(_routes_of(model)), **own}
 
     def health(self, metrics: Mapping[str, Any]) -> str:
         return health.words(metrics) + choosing.words(metrics)
@@ -191,7 +204,9 @@ class UpcycleMethod(Method):
 
     def settle(self, model: nn.Module, config: UpcycleConfig) -> nn.Module:
         """Routers and experts are the family's own again, and the config says how a stock trainer would balance them."""
-        if config.choosing:
+        if config.sparse and switch.is_switch(model):
+            switch.settle(model, config)
+        elif config.choosing:
             ungraft(model)
         elif config.sparse:
             unhook(model)
@@ -251,11 +266,13 @@ class UpcycleMethod(Method):
             said.append("Trained with a capacity; here nothing is dropped.")
         if config.choosing:
             said.append(choosing.CAUTION)
+        if config.sparse and switch.is_switch(model):
+            said.append(switch.CAUTION)
         return tuple(said)
 
     def files_config(self, model: nn.Module, config: UpcycleConfig) -> Mapping[str, Any]:
         """Both spellings of what readers of different ages look for (spec F9)."""
-        if not config.sparse or config.choosing:
+        if not config.sparse or config.choosing or switch.is_switch(model):
             return {}
         made: Any = model.config
         sparse = anatomy.sparse_shape(made)
@@ -284,6 +301,11 @@ _SOURCES = (
 _CONVERTING = ("experts", "top_k", "layers", "copy_noise", "router_init_std", "target")
 
 
+def _routes_of(model: nn.Module) -> Any:
+    """What counts the routes of a grafted model."""
+    return switch.routes_of(model) if switch.is_switch(model) else context_of(model)
+
+
 def _kinds(model: nn.Module) -> Any:
     """Name of a parameter -> `router`, `expert`, `dense`, or `idle` for what is there without effect."""
     row, base = anatomy.anatomy_of(model), anatomy.base_of(model)
@@ -291,9 +313,9 @@ def _kinds(model: nn.Module) -> Any:
     within = "" if base is model else "base."
     routers, experts = set(), []
     idle = frozenset(within + name for name in idle_names(config)) if row.experts else frozenset()
-    for index, _ in sparse_blocks(model):
-        home = f"{within}{row.blocks}.{index}.{row.ffn}"
-        routers.add(f"{home}.{row.router}.weight")
+    for _, path, ffn in sparse_places(model):
+        home = f"{within}{path}"
+        routers |= {f"{home}.{row.router}.{name}" for name, _ in getattr(ffn, row.router).named_parameters()}
         experts += [f"{home}.{row.experts}.", f"{home}.shared_expert"]
     prefixes = tuple(experts)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparsmith import anatomy
 from sparsmith.methods.base import MethodPlan, ModuleChange
+from sparsmith.methods.upcycle import switch
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.methods.upcycle.convert import idle_params
 
@@ -19,7 +20,10 @@ def plan(config: UpcycleConfig, base: Any, made: Any) -> MethodPlan:
     before = anatomy.shape_of(base)
     if not config.sparse:
         note = f"control dense: the base as it is, {before.total_params:,} parameters trained"
-        return MethodPlan(changes=(), added={}, trained={"dense": before.total_params}, notes=(note,))
+        notes = (note, *_pair_notes(before))
+        return MethodPlan(changes=(), added={}, trained={"dense": before.total_params}, notes=notes)
+    if switch.is_switch(base):
+        switch.check(config)
     after = anatomy.shape_of(made)
     sparse = after.sparse
     assert sparse is not None
@@ -45,7 +49,7 @@ def plan(config: UpcycleConfig, base: Any, made: Any) -> MethodPlan:
         trained={role: count for role, count in counts.items() if count},
         flops_forward=2 * (after.linear_weights - before.linear_weights) if config.converts else 0,
         activation_floats=_floats(sparse, before.ffn_width) if config.converts else 0,
-        notes=_notes(config, before, after),
+        notes=(*_notes(config, before, after), *_pair_notes(after)),
     )
 
 
@@ -62,6 +66,18 @@ def _floats(sparse: anatomy.SparseShape, width: int) -> int:
     """Kept for the backward beyond a dense FFN's four tensors: each taken expert's, and the sorted inputs and outputs."""
     each = 4 * sparse.width * sparse.top_k + 2 * sparse.hidden * sparse.top_k - 4 * width
     return round(len(sparse.blocks) * each)
+
+
+def _pair_notes(shape: anatomy.ModelShape) -> tuple[str, ...]:
+    """What an encoder-decoder's figures are of."""
+    if not isinstance(shape, anatomy.PairShape):
+        return ()
+    scores = "its attention is computed with score matrices, which the memory's activations do not hold"
+    return (
+        f"encoder-decoder: a token that is read passes {shape.input_weights:,} weights, one that is written {shape.output_weights:,}; "
+        "FLOPs per token are the mean of a row that is half read and half written, and active parameters are those of one of each together",
+        *([scores] if shape.sparse else []),
+    )
 
 
 def _notes(config: UpcycleConfig, before: anatomy.ModelShape, after: anatomy.ModelShape) -> tuple[str, ...]:

@@ -77,6 +77,13 @@ def target_of(dense: Any, config: UpcycleConfig) -> str:
                 "a dense model",
                 "Tune it as it is: {method: upcycle, donor: sparse}.",
             )
+        if row.encoder_blocks:
+            raise RefusedDonor(
+                f"upcycle on {donor}",
+                "a dense encoder-decoder, of which no mixture is made here",
+                "a decoder, or an encoder-decoder that was pre-trained sparse",
+                "Take a SwitchTransformers checkpoint with donor: sparse, or tune this one whole with control: dense.",
+            )
         raise RefusedDonor(
             f"upcycle on {donor}", _WHY.get(donor, "a family without a proven target"), "a known donor", _PESC
         )

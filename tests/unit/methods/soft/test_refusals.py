@@ -17,7 +17,7 @@ CROSSING = {
     "gemma3n_text": ({}, "num_kv_shared_layers"),
     "deepseek_v3": ({"num_nextn_predict_layers": 1}, "further tokens"),
     "qwen3_next": ({}, "linear"),
-    "t5": ({}, "encoder"),
+    "bart": ({}, "encoder"),
     "llama": ({"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
     "qwen2": ({"mtp_num_hidden_layers": 1}, "mtp_num_hidden_layers"),
     "mistral": ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
