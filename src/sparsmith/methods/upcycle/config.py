@@ -64,7 +64,7 @@ class MoeSettings(StrictModel):
     balance_norm: Literal["tokens", "slots"] = "tokens"
     """`tokens`: k when balanced, E when collapsed; `slots`: 1 when balanced."""
     experts_impl: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
-    """transformers' way to compute the experts."""
+    """transformers' way to compute the experts. Where a CPU trains, `grouped_mm` is one expert after the other with a backward of ours."""
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from sparsmith.methods.upcycle import choosing, planning, switch
 from sparsmith.methods.upcycle.build import build_sparse
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.methods.upcycle.convert import idle_names
+from sparsmith.methods.upcycle.expert_products import implementation
 from sparsmith.methods.upcycle.layers import (
     RouterSettings,
     context_of,
@@ -338,13 +339,15 @@ def quiet(model: nn.Module, config: UpcycleConfig) -> None:
         made.router_jitter_noise = 0.0  # the library's noise reaches the experts too (spec F3)
         for _, ffn in sparse_blocks(model):
             ffn.jitter_noise = 0.0  # read from the config once, when the block was built
-    made._experts_implementation = config.moe.experts_impl
+    asked = config.moe.experts_impl
+    made._experts_implementation = asked if config.choosing else implementation(asked)
 
 
 def restore(model: nn.Module, config: UpcycleConfig) -> None:
     """What a stock trainer shall find."""
     made: Any = model.config
     made.router_aux_loss_coef = model.router_aux_loss_coef = config.moe.balance_coef  # type: ignore[assignment]
+    made._experts_implementation = config.moe.experts_impl
 
 
 def _check_router(model: nn.Module, config: UpcycleConfig) -> None:
