@@ -150,7 +150,8 @@ class FlanMoeComparison:
                     "active": first.plan["parameters"]["active"],
                     "training_flops_per_token": self.flops[side],
                     "tokens": {str(cell.setup): cell.cell.facts["tokens_trained"] for cell in cells},
-                    "seconds": sum(cell.cell.facts["train_seconds"] for cell in cells) / len(self.seeds),
+                    "seconds": sum(cell.cell.facts["train_seconds"] for cell in cells)
+                    / len({cell.seed for cell in cells}),
                 }
             )
         return found
