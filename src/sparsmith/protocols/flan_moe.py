@@ -88,22 +88,32 @@ class FlanMoeComparison:
                     found[f"{cell.seed}:{name}"] = {m: r for m, r in result.rows[name].items() if m in METRICS}
         return found
 
-    def contrast_of(self, parts: Sequence[tuple[int, str, int]], names: Sequence[str], metric: str) -> Figure | None:
-        """The signed sum over (sign, side, setup), rows paired within each seed; the mean over the sets."""
+    def contrast_of(
+        self, parts: Sequence[tuple[int, str, int]], names: Sequence[str], metric: str
+    ) -> dict[str, Any] | None:
+        """The signed sum over (sign, side, setup), rows paired within each seed; the mean over the sets. `by_seed`: of each seed alone, as
+        the interval is over rows."""
         scores = [(sign, self.rows(side, setup, names)) for sign, side, setup in parts]
-        shared = set.intersection(*(set(rows) for _, rows in scores)) if scores else set()
-        kept = [(sign, {key: rows[key] for key in sorted(shared)}) for sign, rows in scores]
-        if not shared:
+        shared = sorted(set.intersection(*(set(rows) for _, rows in scores))) if scores else []
+
+        def figure(keys: Sequence[str]) -> Figure | None:
+            kept = [(sign, {key: rows[key] for key in keys}) for sign, rows in scores]
+            domain_of = {key: key.split(":", 1)[1] for key in keys}
+            return contrast(kept, domain_of, seed=0).overall.get(metric)
+
+        found = figure(shared) if shared else None
+        if found is None:
             return None
-        domain_of = {key: key.split(":", 1)[1] for key in shared}
-        return contrast(kept, domain_of, seed=0).overall.get(metric)
+        of_seed = {seed: [key for key in shared if key.split(":", 1)[0] == str(seed)] for seed in self.seeds}
+        each = {str(seed): one.value for seed, keys in of_seed.items() if keys and (one := figure(keys))}
+        return {**found.as_dict(), "by_seed": each}
 
     def gains(self) -> list[dict[str, Any]]:
         """Of every pair: sparse minus dense in each setup, and whether instruction tuning brings the sparse side more."""
         found, tasks = [], tuple(self.eval_of.values())
         for dense, sparse in self.settings.pairs:
             for metric in METRICS:
-                rows: dict[str, Figure | None] = {}
+                rows: dict[str, dict[str, Any] | None] = {}
                 for setup in self.settings.setups:
                     names = self.heldout if setup == 2 else tasks
                     rows[f"setup {setup}"] = self.contrast_of([(1, sparse, setup), (-1, dense, setup)], names, metric)
@@ -111,7 +121,7 @@ class FlanMoeComparison:
                 more_2 = [(1, sparse, 2), (-1, sparse, -1), (-1, dense, 2), (1, dense, -1)]
                 rows["gain: 3 over 1"] = self.contrast_of(more_3, tasks, metric)
                 rows["gain: 2 over the base"] = self.contrast_of(more_2, self.heldout, metric)
-                told = {name: figure.as_dict() for name, figure in rows.items() if figure is not None}
+                told = {name: figure for name, figure in rows.items() if figure is not None}
                 if told:
                     found.append({"dense": dense, "sparse": sparse, "metric": metric, "figures": told})
         return found

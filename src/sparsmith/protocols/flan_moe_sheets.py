@@ -72,14 +72,17 @@ def _gains(comparison: FlanMoeComparison) -> Sheet:
         "Sparse minus dense, and whether instruction tuning brings the sparse side more",
         ("sparse", "dense", "metric", *heads),
         rows,
-        "95 % intervals over rows, paired within each seed. A loss below 0, or a share above 0, is better for the sparse side. "
-        "`gain` is (sparse after - sparse before) - (dense after - dense before).",
+        "95 % intervals over rows, paired within each seed; in brackets each seed alone. A loss below 0, or a share above 0, is better for "
+        "the sparse side. `gain` is (sparse after - sparse before) - (dense after - dense before).",
         left=3,
     )
 
 
 def _signed(figure: dict[str, Any] | None) -> str:
-    return "-" if figure is None else signed(figure)
+    if figure is None:
+        return "-"
+    each = ", ".join(f"{value:+.3f}" for value in figure["by_seed"].values())
+    return f"{signed(figure)} [{each}]" if len(figure["by_seed"]) > 1 else signed(figure)
 
 
 def _cost(comparison: FlanMoeComparison) -> Sheet:

@@ -117,6 +117,7 @@ def test_every_figure_is_that_of_a_run(cut_and_gone_on):
     gains = {(row["sparse"], row["metric"]): row["figures"] for row in written["gains"]}
     by_hand = (table["moe", 3, "own"] - table["moe", 1, "own"]) - (table["dense", 3, "own"] - table["dense", 1, "own"])
     assert gains["moe", "loss"]["gain: 3 over 1"]["value"] == pytest.approx(by_hand, abs=1e-12)
+    assert gains["moe", "loss"]["gain: 3 over 1"]["by_seed"]["3"] == pytest.approx(by_hand, abs=1e-12)
     more = (table["moe", 2, "others"] - table["moe", -1, "others"]) - (
         table["dense", 2, "others"] - table["dense", -1, "others"]
     )
