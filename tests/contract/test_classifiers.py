@@ -164,7 +164,9 @@ def test_methods_for_other_tasks_are_refused_by_name():
         sm.craft(pico_model("llama"), HeadConfig())
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize(
+    "family", [one if one in ("llama", "bert") else pytest.param(one, marks=pytest.mark.long) for one in FEW]
+)
 def test_delta_full_and_export_come_back(tmp_path, family):
     base = save_pretrained_base(tmp_path / "base", family)
     names = ("north", "south", "west")

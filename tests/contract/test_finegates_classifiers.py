@@ -75,7 +75,7 @@ def test_a_clean_process_opens_it(family, tmp_path):
     assert torch.equal(logits(again), logits(sm.settle(model)))
 
 
-@pytest.mark.parametrize("family", ["llama", "roberta"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.long), "roberta"])
 def test_the_class_head_is_rounded_with_the_rest(family, tmp_path):
     _, model = gated(family)
     report = sm.export(model, tmp_path / "out", dtype="bfloat16")
@@ -88,7 +88,7 @@ def test_a_rate_for_a_head_that_is_not_there_is_refused():
         sm.craft(pico_model(), sm.FineGatesConfig(head_lr=0.01))
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.long), "bert"])
 def test_a_recipe_ends_in_a_smaller_classifier_that_has_learned(family, tmp_path):
     path = make_class_recipe(tmp_path, family, steps=60, eval_every=None, save_every=None)
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -112,11 +112,11 @@ def die_at(folder: str, place: str) -> None:
 @pytest.mark.parametrize(
     ("folder", "place"),
     [
-        ("1-first/checkpoints/checkpoint-3", "after"),
         ("1-first/settled", "before"),
-        ("1-first/settled", "after"),
-        ("2-pesc/checkpoints/checkpoint-6", "before"),
         ("2-pesc/model", "after"),
+        pytest.param("1-first/checkpoints/checkpoint-3", "after", marks=pytest.mark.long),
+        pytest.param("1-first/settled", "after", marks=pytest.mark.long),
+        pytest.param("2-pesc/checkpoints/checkpoint-6", "before", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(recipe, whole, folder, place):

@@ -22,6 +22,7 @@ def test_a_killed_run_resumes_to_the_uncut_bits(tmp_path):
     assert whole.whole, whole.failures
 
 
+@pytest.mark.long
 def test_a_killed_run_of_another_method_does_too(tmp_path):
     """Its draws of exits and blocks are those of the uncut run, the control beside it included."""
     same, whole = kill_trial(tmp_path, "soft", kills=1, aimed=2)

@@ -25,4 +25,6 @@ def test_a_recipe_opens(path):
 def test_what_it_reads_is_there(path):
     if "shared/" in path.read_text(encoding="utf-8") and not SHARED.is_dir():
         pytest.skip("the data and the base of this recipe are not part of the project")
-    load_recipe(path, (), registry.config_classes())
+    # a base that `tools/train_base.py` makes is not there before it was made
+    own_base = () if "../build/" not in path.read_text(encoding="utf-8") else ("model.path=embedded",)
+    load_recipe(path, own_base, registry.config_classes())
