@@ -171,11 +171,12 @@ class Work:
 
     def flops(self, name: str) -> int:
         """Training FLOPs per token of a side."""
+        from sparsmith.crafting.base_model import resolve_base
         from sparsmith.crafting.plan import plan
 
         side = self.settings.sides[name]
-        length = self.recipe.data.max_length
-        return plan(side.path or self.recipe.model.path, self.side_config(side), max_length=length).flops.training
+        base = resolve_base(side.path or self.recipe.model.path)
+        return plan(base, self.side_config(side), max_length=self.recipe.data.max_length).flops.training
 
 
 def validation_loss(cell: SetupCell, task: SingleTask) -> float:

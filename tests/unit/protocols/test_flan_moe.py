@@ -244,6 +244,12 @@ def test_flops_match_by_fewer_steps_of_the_same_stream(tmp_path):
     assert share < 1 and work._steps(1000, "moe") == round(1000 * share) and work._steps(1000, "dense") == 1000
 
 
+def test_a_side_may_stand_on_the_embedded_base(tmp_path):
+    recipe = load_recipe(moe_recipe(tmp_path), ("model.path=embedded",))
+    work = Work(recipe, check(recipe, [0]), tmp_path, None, None)
+    assert 0 < work.flops("dense") < work.flops("moe")
+
+
 def test_what_is_tuned_further_keeps_its_routers():
     config = UpcycleConfig(
         experts=4, top_k=1, layers="every-2", moe={"router": "top1", "jitter": 0.01, "balance_coef": 0.5}
