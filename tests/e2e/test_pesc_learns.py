@@ -75,6 +75,7 @@ def held_out(model):
         return Objective(model.eval())(**batch)["terms"]["task"].item()
 
 
+@pytest.mark.long
 def test_experts_beat_the_same_lora_alone_and_none_dies(tmp_path):
     sparse, lines = tuned("learned", tmp_path, 300)
     dense, _ = tuned("dense_lora", tmp_path, 300)

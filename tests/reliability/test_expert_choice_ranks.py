@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torc
 NEAR, AFTER_ADAM = 1e-5, 1e-4
 
 
+@pytest.mark.long
 def test_two_ranks_equal_one_process(tmp_path):
     jobs = {
         "ddp": {"run": tmp_path / "ddp", "method": "expert choice"},
