@@ -51,28 +51,27 @@ def _labels(tree: Tree, classes: Any, classifies: bool) -> None:
 
 def _pairs(tree: Tree) -> None:
     """What an encoder-decoder cannot do, or what has no meaning for it."""
+    packing = "the encoder reads one prompt and the decoder one answer"
+    _one_text_each(tree, packing, "an encoder's tokens are read and not predicted", "the encoder")
+
+
+def _one_text_each(tree: Tree, packing: str, loss_on: str, reader: str) -> None:
+    """Rows that stand alone and are read as a text; the arguments say why."""
     if tree.get(("data", "packing")) is True:
-        found, expected = "`true`", "false, as the encoder reads one prompt and the decoder one answer"
-        tree.fault(("data", "packing"), found, expected, "Remove `packing`.")
+        tree.fault(("data", "packing"), "`true`", f"false, as {packing}", "Remove `packing`.")
     if tree.get(("data", "loss_on")) == "all":
-        _without_effect(tree, ("data", "loss_on"), "task causal_lm: an encoder's tokens are read and not predicted")
+        _without_effect(tree, ("data", "loss_on"), f"task causal_lm: {loss_on}")
     if tree.get(("data", "template")) == "chat":
-        found, expected = "`chat`", "a text with {prompt}, as the encoder reads a text and no conversation"
-        tree.fault(("data", "template"), found, expected, "Write the template in the recipe, or remove it.")
+        expected = f"a text with {{prompt}}, as {reader} reads a text and no conversation"
+        tree.fault(("data", "template"), "`chat`", expected, "Write the template in the recipe, or remove it.")
 
 
 def _data(tree: Tree) -> None:
     if tree.get(("data", "mixture")) is not None:
         found, expected = "`mixture`", "sources under `train`: the tasks of a mixture are answered in words"
         tree.fault(("data", "mixture"), found, expected, "Remove `mixture`, or `model.task`.")
-    if tree.get(("data", "packing")) is True:
-        found, expected = "`true`", "false, as each text of a classifier is a row of its own with one class"
-        tree.fault(("data", "packing"), found, expected, "Remove `packing`.")
-    if tree.get(("data", "loss_on")) == "all":
-        _without_effect(tree, ("data", "loss_on"), "task causal_lm: a classifier learns no token")
-    if tree.get(("data", "template")) == "chat":
-        found, expected = "`chat`", "a text with {prompt}, as a classifier reads a text and no conversation"
-        tree.fault(("data", "template"), found, expected, "Write the template in the recipe, or remove it.")
+    packing = "each text of a classifier is a row of its own with one class"
+    _one_text_each(tree, packing, "a classifier learns no token", "a classifier")
     for keys, source in source_entries(tree):
         metrics = source.get("metrics")
         for index, metric in enumerate(metrics if isinstance(metrics, list) else []):

@@ -28,6 +28,7 @@ from sparsmith.methods.upcycle.layers import (
     mixed,
     sparse_blocks,
     ungraft,
+    unhook,
 )
 from sparsmith.ops.route_context import RouteContext
 from sparsmith.ops.routing import Routing
@@ -196,8 +197,7 @@ def settle(model: Any, config: UpcycleConfig) -> None:
     for hooks in (model.encoder._forward_pre_hooks, model.decoder._forward_pre_hooks, model._forward_pre_hooks):
         for key in [key for key, one in hooks.items() if isinstance(one, (_TwoOpeners, _HandLabels))]:
             del hooks[key]
-    for key in [key for key, one in model._forward_hooks.items() if isinstance(one, AddLosses)]:
-        del model._forward_hooks[key]
+    unhook(model)
     for _, ffn in sparse_blocks(model):
         for name in ("stored_capacity", "top_k"):
             ffn.router.__dict__.pop(name, None)
