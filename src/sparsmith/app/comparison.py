@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparsmith.app.tuning import Baseline
+    from sparsmith.evaluating import TaskResult
+    from sparsmith.recipe.protocol import Suites
     from sparsmith.recipe.schema import Recipe
 
 
@@ -102,8 +104,27 @@ def _flan_moe(asked: Asked) -> Any:
     from sparsmith.protocols.flan_moe import compare
 
     loaded = single_recipe(asked.recipe, asked.overrides, what=_ONE)
+    _check_suites(loaded)
     cells = _Cells(asked.console)
-    return compare(loaded, _seeds(asked), Path(loaded.output).absolute(), cells.tune_or_read, settle_once)
+    return compare(loaded, _seeds(asked), Path(loaded.output).absolute(), cells.tune_or_read, settle_once, _ask)
+
+
+def _check_suites(recipe: Recipe) -> None:
+    """Task files, rows and the harness are looked at before the first run."""
+    if recipe.protocol is None or recipe.protocol.suites is None:
+        return
+    from sparsmith.evaluating.harness import check_tasks
+
+    suites = recipe.protocol.suites
+    check_tasks(suites.tasks, data=suites.data, limit=suites.limit, shots=suites.shots)
+
+
+def _ask(target: str, suites: Suites) -> TaskResult:
+    from sparsmith.app.use import evaluate_tasks
+
+    options = {name: getattr(suites, name) for name in ("data", "limit", "shots", "scorer")}
+    result: TaskResult = evaluate_tasks(target, suites.tasks, **options)
+    return result
 
 
 @dataclass(frozen=True)

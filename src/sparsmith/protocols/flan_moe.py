@@ -20,8 +20,10 @@ from sparsmith.durable import write_json, write_text
 from sparsmith.errors import MethodError, UsageError
 from sparsmith.evaluating import EvalResult
 from sparsmith.methods.upcycle.config import UpcycleConfig
+from sparsmith.protocols import flan_moe_suites as suites
 from sparsmith.protocols.cells import spread
 from sparsmith.protocols.flan_moe_cells import Settle, SetupCell, Tune, Work
+from sparsmith.protocols.flan_moe_suites import Ask
 from sparsmith.recipe.protocol import ProtocolSettings
 from sparsmith.recipe.schema import Recipe
 
@@ -93,7 +95,9 @@ class FlanMoeComparison:
     ) -> dict[str, Any] | None:
         """The signed sum over (sign, side, setup), rows paired within each seed; the mean over the sets. `by_seed`: of each seed alone, as
         the interval is over rows."""
-        scores = [(sign, self.rows(side, setup, names)) for sign, side, setup in parts]
+        return self._contrast([(sign, self.rows(side, setup, names)) for sign, side, setup in parts], metric)
+
+    def _contrast(self, scores: Sequence[tuple[int, dict[str, Any]]], metric: str) -> dict[str, Any] | None:
         shared = sorted(set.intersection(*(set(rows) for _, rows in scores))) if scores else []
 
         def figure(keys: Sequence[str]) -> Figure | None:
@@ -122,6 +126,31 @@ class FlanMoeComparison:
                 rows["gain: 3 over 1"] = self.contrast_of(more_3, tasks, metric)
                 rows["gain: 2 over the base"] = self.contrast_of(more_2, self.heldout, metric)
                 told = {name: figure for name, figure in rows.items() if figure is not None}
+                if told:
+                    found.append({"dense": dense, "sparse": sparse, "metric": metric, "figures": told})
+        return found
+
+    @property
+    def asked(self) -> list[SetupCell]:
+        """The cells that answered the suites."""
+        return [cell for cell in self.cells if cell.suites is not None]
+
+    def suite_gains(self) -> list[dict[str, Any]]:
+        """`gains` of setup 2 in the tasks of the harness; shares of hits, the mean over the tasks."""
+
+        def of(side: str, setup: int) -> dict[str, Any]:
+            return suites.rows((cell for cell in self.asked if cell.side == side), setup)
+
+        found = []
+        for dense, sparse in self.settings.pairs:
+            after, before = [(1, of(sparse, 2)), (-1, of(dense, 2))], [(-1, of(sparse, -1)), (1, of(dense, -1))]
+            metrics = dict.fromkeys(m for scores in after[0][1].values() for m in scores)
+            for metric in metrics:
+                figures = {
+                    "setup 2": self._contrast(after, metric),
+                    "gain: 2 over the base": self._contrast([*after, *before], metric),
+                }
+                told = {name: figure for name, figure in figures.items() if figure is not None}
                 if told:
                     found.append({"dense": dense, "sparse": sparse, "metric": metric, "figures": told})
         return found
@@ -178,9 +207,14 @@ class FlanMoeComparison:
             "cost": self.cost(),
             "table": self.table(),
             "gains": self.gains(),
+            **({"suites": self._told_suites()} if self.settings.suites else {}),
             "runs": [cell.cell.run.name for cell in self.cells],
             **({"kept_learning_rates": self.kept_rates()} if self.settings.task_learning_rates else {}),
         }
+
+    def _told_suites(self) -> dict[str, Any]:
+        found = {"settings": None if self.settings.suites is None else self.settings.suites.model_dump(mode="json")}
+        return {**found, "table": suites.table(self.asked), "gains": self.suite_gains()}
 
     def kept_rates(self) -> list[dict[str, Any]]:
         """Of every side, setup and task: the learning rate that the grid kept, by seed."""
@@ -204,7 +238,7 @@ class FlanMoeComparison:
         return Group(*(part for sheet in sheets(self) for part in (sheet.rich(), "")))
 
 
-def compare(recipe: Recipe, seeds: Sequence[int], out: Path, tune: Tune, settle: Settle) -> FlanMoeComparison:
+def compare(recipe: Recipe, seeds: Sequence[int], out: Path, tune: Tune, settle: Settle, ask: Ask) -> FlanMoeComparison:
     """Run every side through the setups with every seed, and write the comparison.
 
     Args:
@@ -212,12 +246,13 @@ def compare(recipe: Recipe, seeds: Sequence[int], out: Path, tune: Tune, settle:
         out: folder of the cells and of the comparison.
         tune: runs a recipe to its end and returns the run's folder; returns that of a finished run at once.
         settle: writes what a run has settled into, once, and returns the folder.
+        ask: measures a run or a model on `protocol.suites`.
 
     Raises:
         UsageError, MethodError: the recipe is not for this protocol.
     """
     settings = check(recipe, seeds)
-    work = Work(recipe, settings, out, tune, settle)
+    work = Work(recipe, settings, out, tune, settle, ask)
     for name, side in settings.sides.items():  # all of them before the first run
         if work.side_config(side).choosing and (side.start is not None or 3 in settings.setups):
             raise MethodError(
@@ -232,6 +267,7 @@ def compare(recipe: Recipe, seeds: Sequence[int], out: Path, tune: Tune, settle:
     for seed in seeds:
         for name in settings.sides:
             cells += work.run_side(name, seed)
+            suites.require_same_rows(cell for cell in cells if cell.suites is not None)
             write(FlanMoeComparison(settings, tuple(cells), flops, heldout), out)  # should the rest be cut short
     return FlanMoeComparison(settings, tuple(cells), flops, heldout)
 
@@ -270,6 +306,12 @@ def check(recipe: Recipe, seeds: Sequence[int]) -> ProtocolSettings:
             )
     if not recipe.data.eval and 2 in settings.setups:
         raise MethodError("data.eval", "no held-out set", "at least one, for setup 2", "Name one under `data.eval`.")
+    if settings.suites and recipe.model.task != "causal_lm":
+        found, mend = (
+            f"tasks for a {recipe.model.task}",
+            "Remove it: sets with metrics loss and rank say what suites would.",
+        )
+        raise MethodError("protocol.suites", found, "task causal_lm, which the harness asks", mend)
     for source in sets:
         if "loss" not in source.metrics:
             raise MethodError(f"{source.name}.metrics", ", ".join(source.metrics), "loss among them", "Add loss.")

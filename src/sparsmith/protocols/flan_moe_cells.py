@@ -14,6 +14,7 @@ from typing import Any
 from sparsmith.errors import MethodError
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.protocols.cells import Cell, read_cell
+from sparsmith.protocols.flan_moe_suites import Ask, Figures, asked_once
 from sparsmith.recipe.protocol import ProtocolSettings, Side, SingleTask
 from sparsmith.recipe.schema import EvalSource, Recipe
 from sparsmith.runs import RunFolder
@@ -38,6 +39,8 @@ class SetupCell:
     """What the model that the run started from measured on the same rows (an evaluation as JSON)."""
     kept_rate: float | None = None
     """The learning rate that the grid kept; None where there was none."""
+    suites: dict[str, Figures] | None = None
+    """Of setup 2, where the recipe names suites: `base` and `tuned`."""
 
     @property
     def seed(self) -> int:
@@ -53,6 +56,7 @@ class Work:
     out: Path
     tune: Tune
     settle: Settle
+    ask: Ask
 
     def side_config(self, side: Side) -> UpcycleConfig:
         """The method entry of a side, whole.
@@ -103,7 +107,7 @@ class Work:
             steps = self._steps(self.recipe.train.steps, name)
             recipe = self._recipe(base, config, f"{name}-seed{seed}-{INSTRUCT}", seed, _once(evals), steps=steps)
             cell = self._cell(recipe, name, 2, "", seed)
-            found.append(cell)
+            found.append(replace(cell, suites=self._suites(cell, base)))
             if 3 in self.settings.setups:
                 tuned = str(self.settle(recipe, RunFolder(cell.cell.run)))
                 later = tuned_as_it_is(config)
@@ -159,6 +163,18 @@ class Work:
         from sparsmith.durable import read_json
 
         return SetupCell(side, setup, task, read_cell(side, seed, folder), read_json(folder.evaluation)["base"])
+
+    def _suites(self, cell: SetupCell, base: str) -> dict[str, Figures] | None:
+        """Figures of the run's result, and of the model that it started from: one file per run and one per base of a side."""
+        suites = self.settings.suites
+        if suites is None:
+            return None
+        run, folder = cell.cell.run, self.out / "suites"
+        given = f"{cell.side}-seed{cell.seed}" if self.settings.sides[cell.side].start else cell.side
+        return {
+            "base": asked_once(folder / f"{given}-base.json", base, suites, self.ask),
+            "tuned": asked_once(folder / f"{run.name}.json", str(run), suites, self.ask),
+        }
 
     def _steps(self, steps: int | None, name: str) -> int | None:
         """With `match: flops` the steps whose training FLOPs are those of the dense side of the pair."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsmith.evaluating.sheet import Sheet, signed
+from sparsmith.protocols import flan_moe_suites as suites
 
 if TYPE_CHECKING:
     from sparsmith.protocols.flan_moe import FlanMoeComparison
@@ -29,7 +30,9 @@ _WORDS = {
 def sheets(comparison: FlanMoeComparison) -> list[Sheet]:
     """One table per metric, the gains, the cost."""
     found = [_metric(comparison, metric) for metric in _FORMS]
-    last = [_gains(comparison), _cost(comparison)]
+    last = [_gains(comparison.gains()), _cost(comparison)]
+    if comparison.asked:
+        last = [_suites(comparison), _gains(comparison.suite_gains(), "In the tasks of the harness: "), *last]
     if comparison.settings.task_learning_rates:
         last.append(_rates(comparison))
     return [*(sheet for sheet in found if sheet.rows), *last]
@@ -61,21 +64,41 @@ def _cell(figure: dict[str, Any] | None, metric: str) -> str:
     return text if figure["sd"] is None else f"{text} ± {form.replace('+', '').format(figure['sd'])}"
 
 
-def _gains(comparison: FlanMoeComparison) -> Sheet:
-    records = comparison.gains()
+def _gains(records: list[dict[str, Any]], of: str = "") -> Sheet:
     heads = list(dict.fromkeys(name for row in records for name in row["figures"]))
     rows = tuple(
         (row["sparse"], row["dense"], row["metric"], *(_signed(row["figures"].get(name)) for name in heads))
         for row in records
     )
+    words = "sparse minus dense, and whether instruction tuning brings the sparse side more"
     return Sheet(
-        "Sparse minus dense, and whether instruction tuning brings the sparse side more",
+        of + (words if of else words.capitalize()),
         ("sparse", "dense", "metric", *heads),
         rows,
         "95 % intervals over rows, paired within each seed; in brackets each seed alone. A loss below 0, or a share above 0, is better for "
         "the sparse side. `gain` is (sparse after - sparse before) - (dense after - dense before).",
         left=3,
     )
+
+
+def _suites(comparison: FlanMoeComparison) -> Sheet:
+    records = suites.table(comparison.asked)
+    names = [(task, metric) for task, metrics in records[0]["tasks"].items() for metric in metrics]
+    rows = tuple(
+        (
+            row["side"],
+            _SHORT[row["setup"]],
+            *(_cell(row["tasks"][task][metric], "exact_match") for task, metric in names),
+            _cell(row["average"], "normalised"),
+        )
+        for row in records
+    )
+    heads = ("side", "", *(f"{task}, {metric}" for task, metric in names), "normalised average")
+    note = (
+        "Share of rows right (mean over seeds, sd over seeds). The average is over the tasks, each by its first metric: "
+        "0 = chance, 100 = all right."
+    )
+    return Sheet("Tasks of lm-evaluation-harness", heads, rows, note, left=2)
 
 
 def _signed(figure: dict[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsmith.recipe.mixture import MixtureSettings, TaskSource
+from sparsmith.recipe.protocol import Suites
 from sparsmith.recipe.schema import Recipe
 from sparsmith.recipe.staged import StagedRecipe
 from sparsmith.recipe.templates import is_file_name
@@ -67,11 +68,14 @@ def with_absolute_paths(recipe: RecipeT, base_dir: Path) -> RecipeT:
     def with_protocol(settings):
         if settings is None:
             return None
-        tasks = tuple(
-            task.model_copy(update={"train": moved(task.train), "eval": moved(task.eval)}) for task in settings.tasks
-        )
+        tasks = tuple(task.model_copy(update=with_task(task)) for task in settings.tasks)
         sides = {name: side.model_copy(update=with_side(side)) for name, side in settings.sides.items()}
-        return settings.model_copy(update={"tasks": tasks, "sides": sides})
+        suites = settings.suites and _suites_at(settings.suites, base_dir)
+        return settings.model_copy(update={"tasks": tasks, "sides": sides, "suites": suites})
+
+    def with_task(task):
+        parts = (("train", task.train), ("eval", task.eval), ("validation", task.validation))
+        return {name: moved(source) for name, source in parts if source is not None}
 
     def with_side(side):
         found = {} if side.path is None else {"path": absolute(side.path, base_dir)}
@@ -97,3 +101,14 @@ def _mixture_at(mixture: MixtureSettings, base_dir: Path) -> MixtureSettings:
 
     parts = tuple(sub.model_copy(update={"tasks": tuple(map(moved, sub.tasks))}) for sub in mixture.submixtures)
     return mixture.model_copy(update={"submixtures": parts})
+
+
+def _suites_at(suites: Suites, base_dir: Path) -> Suites:
+    """The suites with absolute paths; a text that is no path here is a name, which the reader of tasks judges."""
+
+    def moved(text: str) -> str:
+        path = resolve(text, base_dir)
+        return str(path.resolve()) if exists(path) else text
+
+    data = None if suites.data is None else str(resolve(suites.data, base_dir).resolve())
+    return suites.model_copy(update={"tasks": tuple(map(moved, suites.tasks)), "data": data})

@@ -57,6 +57,21 @@ class SingleTask(StrictModel):
             yield Clash("validation.metrics", found, "loss among them: the lowest is kept", "Add loss.")
 
 
+class Suites(StrictModel):
+    """Tasks of lm-evaluation-harness for what setup 2 starts from and ends with: benchmarks as others quote them, from files on disk."""
+
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """Names of tasks that ship with sparsmith, task files, or folders of such; paths are relative to the recipe's folder."""
+    data: Text | None = None
+    """The folder of the tasks' rows; may be absent where they lie beside the task files."""
+    limit: PositiveInt | None = None
+    """At most this many rows of each task file, the same for every side."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; absent = each task's own number."""
+    scorer: Literal["harness", "rank"] = "harness"
+    """Who scores options: the harness, or our faster rank classifier."""
+
+
 class ProtocolSettings(StrictModel):
     """The three setups: tuned on a task; tuned on the mixture and asked; tuned on the mixture, then on a task."""
 
@@ -75,6 +90,8 @@ class ProtocolSettings(StrictModel):
     match: Literal["tokens", "flops"] = "tokens"
     """`tokens`: both sides of a pair see the same stream; `flops`: the dearer side takes fewer steps of it, so that the training FLOPs
     are the dense side's."""
+    suites: Suites | None = None
+    """Absent = the recipe's own held-out sets alone."""
 
     def clashes(self) -> Iterable[Clash]:
         if not self.setups or len(set(self.setups)) != len(self.setups):
@@ -90,6 +107,8 @@ class ProtocolSettings(StrictModel):
         if not needing:
             unread = ["tasks", "task_steps", "task_learning_rate", "task_learning_rates"]
             yield from self.without_effect(unread, "setup 1 or 3")
+        if 2 not in self.setups:
+            yield from self.without_effect(["suites"], "setup 2")
         yield from self._grid_clashes()
         names = [task.name for task in self.tasks]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):

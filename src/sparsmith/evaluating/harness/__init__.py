@@ -7,8 +7,17 @@ imported by `scoring` and `running` alone.
 
 from __future__ import annotations
 
-from sparsmith.evaluating.harness.running import evaluate_tasks, installed
+from sparsmith.evaluating.harness.running import check_tasks, evaluate_tasks, installed
 from sparsmith.evaluating.harness.scores import TaskResult, TaskScores
 from sparsmith.evaluating.harness.task_files import TaskFile, built_in_tasks, find_tasks
 
-__all__ = ["TaskFile", "TaskResult", "TaskScores", "built_in_tasks", "evaluate_tasks", "find_tasks", "installed"]
+__all__ = [
+    "TaskFile",
+    "TaskResult",
+    "TaskScores",
+    "built_in_tasks",
+    "check_tasks",
+    "evaluate_tasks",
+    "find_tasks",
+    "installed",
+]

@@ -60,21 +60,42 @@ def evaluate_tasks(
         DataError: a row that cannot be asked or has no answer. ProofError: a score that is not finite.
     """
     started = time.perf_counter()
-    for name, value, least in (("limit", limit, 1), ("shots", shots, 0), ("batch_size", batch_size, 1)):
-        if value is not None and value < least:
-            raise UsageError(name, str(value), f"{least} or more", "Mend the value.")
-    files = find_tasks([tasks] if isinstance(tasks, str) else tasks)
-    version = installed()
+    if batch_size < 1:
+        raise UsageError("batch_size", str(batch_size), "1 or more", "Mend the value.")
+    version, asked = _prepared(tasks, data, limit, shots)
     _require_text(model, tokenizer)
-    folder = None if data is None else Path(data)
-    if folder is not None and not folder.is_dir():
-        raise UsageError("data", f"`{data}`, which is no folder", "the folder of the tasks' files", "Check the path.")
-    asked = [one for file in files for one in _asked(file, folder, limit, file.shots if shots is None else shots)]
     _require_room(model, asked)
     with _quiet(version), evaluation_mode(model):
         found, cut = _run(model, tokenizer, asked, seed=seed, batch_size=batch_size, scorer=scorer)
     scores = tuple(_scores(one, found[one.rows.name], cut) for one in asked)
     return TaskResult(scores, version, scorer, seed, limit, time.perf_counter() - started)
+
+
+def check_tasks(
+    tasks: str | Sequence[str],
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+) -> None:
+    """Everything that can be wrong with the tasks before a model is there: what `evaluate_tasks` raises of them, and of lm_eval."""
+    _prepared(tasks, data, limit, shots)
+
+
+def _prepared(
+    tasks: str | Sequence[str], data: str | Path | None, limit: int | None, shots: int | None
+) -> tuple[str, list[_Asked]]:
+    """(version of lm_eval, the tasks with their rows)."""
+    for name, value, least in (("limit", limit, 1), ("shots", shots, 0)):
+        if value is not None and value < least:
+            raise UsageError(name, str(value), f"{least} or more", "Mend the value.")
+    files = find_tasks([tasks] if isinstance(tasks, str) else tasks)
+    version = installed()
+    folder = None if data is None else Path(data)
+    if folder is not None and not folder.is_dir():
+        raise UsageError("data", f"`{data}`, which is no folder", "the folder of the tasks' files", "Check the path.")
+    asked = [one for file in files for one in _asked(file, folder, limit, file.shots if shots is None else shots)]
+    return version, asked
 
 
 def installed() -> str:
