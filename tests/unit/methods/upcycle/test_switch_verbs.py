@@ -53,21 +53,32 @@ def test_plan_tune_eval_export_and_report(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_the_protocol_runs_its_second_setup(tmp_path, capsys):
+def test_the_protocol_runs_its_three_setups(tmp_path, capsys):
     path = make_switch_recipe(tmp_path, steps=2)
     save_t5(tmp_path / "dense")
     recipe = yaml.safe_load(path.read_text())
+    train, held = recipe["data"]["train"][0], recipe["data"]["eval"][0]
     recipe["protocol"] = {
-        "setups": [2],
+        "task_steps": 3,
         "sides": {"dense": {"path": "dense", "settings": {"control": "dense"}}, "switch": {}},
         "pairs": [["dense", "switch"]],
+        "tasks": [{"name": "letters", "train": train, "eval": {**held, "name": "own"}, "chance": 25}],
     }
     path.write_text(yaml.safe_dump(recipe))
     code, told = called(capsys, "protocol", "flan-moe", path, "--seeds", "0")
     assert code == 0, told
-    table = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert {row["side"] for row in table["table"]} == {"dense", "switch"}
-    assert all(row["training_flops_per_token"] > 0 for row in table["cost"])
+    written = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    table = {(row["side"], row["setup"], row["set"]): row["metrics"]["loss"]["value"] for row in written["table"]}
+    own = {(side, setup): table[side, setup, "own"] for side in ("dense", "switch") for setup in (1, 3)}
+    by_hand = (own["switch", 3] - own["switch", 1]) - (own["dense", 3] - own["dense", 1])
+    gains = {row["metric"]: row["figures"] for row in written["gains"]}
+    assert gains["loss"]["gain: 3 over 1"]["value"] == pytest.approx(by_hand, abs=1e-12)
+    assert {(side, 2, "held") for side in ("dense", "switch")} <= table.keys()
+    later = tmp_path / "run" / "switch-seed0-then-letters"
+    assert yaml.safe_load((later / "recipe.yaml").read_text())["model"]["path"].endswith(
+        "switch-seed0-instruct/settled"
+    )
+    assert all(row["training_flops_per_token"] > 0 for row in written["cost"])
 
 
 @pytest.mark.parametrize(
