@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparsmith import anatomy
+from sparsmith.anatomy.four_bit import hold_as_read
 from sparsmith.crafting.compose import check_base, check_composition
 from sparsmith.crafting.lora import inject_lora, lora_parameters
 from sparsmith.crafting.lora_count import adapts_experts, merged_settings
@@ -63,6 +64,7 @@ def craft(
         model = copy.deepcopy(model)
     record = CraftRecord(configs=configs, base=base, seed=seed)
     check_base(record.parts, model.config)
+    hold_as_read(model)
     with _all_or_nothing(model):
         if task == anatomy.SEQ_CLS:
             anatomy.widen_classifier(model)

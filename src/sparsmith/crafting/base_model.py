@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsmith import anatomy
+from sparsmith.anatomy.four_bit import hold_as_read
 from sparsmith.crafting.base_files import check_base_folder, check_config, refuse_other_size, refuse_recast
 from sparsmith.crafting.base_tokenizer import open_tokenizer, padded, padding_of
 from sparsmith.crafting.record import BaseRecord, attach_base, labels_of
@@ -95,7 +96,7 @@ def load_base(
         **options,
     )
     if settings.quant == "nf4":
-        _cast_biases(model)
+        hold_as_read(model)
     attach_base(
         model,
         BaseRecord(
@@ -254,13 +255,6 @@ def _nf4(classifies: bool) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["score", "classifier", "pooler"] if classifies else None,
     )
-
-
-def _cast_biases(model: PreTrainedModel) -> None:
-    """A packed linear casts its bias for good in its first forward: done here, a model that has run and one that has not are the same."""
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and module.bias is not None:
-            module.bias.data = module.bias.data.to(module.compute_dtype)  # type: ignore[arg-type]
 
 
 def _left_whole(config: Any) -> list[str] | None:

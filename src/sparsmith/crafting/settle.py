@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsmith import anatomy
+from sparsmith.anatomy.four_bit import quantised_linears
 from sparsmith.crafting.lora import ADAPTER
 from sparsmith.crafting.neutral import probe_logits
 from sparsmith.crafting.record import CraftRecord, attach, record_of
@@ -194,15 +195,6 @@ def settle_report(model: nn.Module) -> SettleReport | None:
 def mark_settled(model: nn.Module, tables: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """For a model that was read from a settled checkpoint, with the tables that lie beside it."""
     object.__setattr__(model, _SETTLED, SettleReport(tables=dict(tables or {})))
-
-
-def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the bitsandbytes 4-bit linears."""
-    return [
-        (name, m)
-        for name, m in model.named_modules()
-        if type(m).__name__ == "Linear4bit" and type(m).__module__.startswith("bitsandbytes")
-    ]
 
 
 @torch.no_grad()

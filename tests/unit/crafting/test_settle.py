@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sparsmith as sm
+from sparsmith.anatomy.four_bit import quantised_linears
 from sparsmith.crafting import settle as settling
-from sparsmith.crafting.settle import quantised_linears, settle_report
+from sparsmith.crafting.settle import settle_report
 from sparsmith.errors import CheckpointMismatch, MethodError, ProofError
 from tests.kit.checkpoints import LORA, crafted, save_base, train_a_little
 from tests.kit.pico import pico_ids

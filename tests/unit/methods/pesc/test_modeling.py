@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparsmith import anatomy
+from sparsmith.anatomy.four_bit import hold_as_read
 from sparsmith.methods.base import CraftContext
 from sparsmith.methods.pesc.config import PescConfig
 from sparsmith.methods.pesc.method import PESC
@@ -164,6 +165,7 @@ def test_nf4_base_is_neutral_and_trains(tmp_path):
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quant, dtype=torch.bfloat16).eval()
+    hold_as_read(base)
     ids = pico_ids()
     expected = logits_of(base, ids)
     model = PESC.craft(base, SMALL, CraftContext())

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import sparsmith as sm
+from sparsmith.anatomy.four_bit import quantised_linears
 from sparsmith.crafting import settle as settling
 from sparsmith.crafting.base_model import load_base
-from sparsmith.crafting.settle import quantised_linears, settle_report
+from sparsmith.crafting.settle import settle_report
 from sparsmith.errors import MethodError, RefusedDonor
 from sparsmith.methods.upcycle.layers import sparse_blocks
 from sparsmith.recipe.schema import ModelSettings
