@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,21 @@ def home(tmp_path_factory) -> Path:
     from tests.kit.checkpoints import make_home
 
     return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _strangers(tmp_path_factory) -> Iterator[None]:
+    """Exports are proved by forks of one clean process; `real_strangers` brings the real ones back."""
+    from tests.kit.strangers import serving
+
+    with serving(tmp_path_factory.mktemp("strangers")):
+        yield
+
+
+@pytest.fixture
+def real_strangers(monkeypatch) -> None:
+    """A trial of the proof itself."""
+    from sparsmith.exporting import prove
+    from tests.kit.strangers import REAL
+
+    monkeypatch.setattr(prove, "_stranger", REAL)

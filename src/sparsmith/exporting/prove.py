@@ -94,9 +94,8 @@ def _ask(request: dict[str, Any], work: Path, timeout: float) -> dict[str, Any]:
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules"), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-I", str(CHILD), str(work / "request.json")]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=work)
+        done = _stranger([str(CHILD), str(work / "request.json")], environment, work, timeout)
     except subprocess.TimeoutExpired as late:
         raise EnvironmentFault(
             request["folder"],
@@ -113,6 +112,14 @@ def _ask(request: dict[str, Any], work: Path, timeout: float) -> dict[str, Any]:
             "The folder was not kept; report this with the message.",
         )
     return json.loads((work / "answer.json").read_text())
+
+
+def _stranger(
+    arguments: list[str], environment: dict[str, str], work: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """A script in an isolated Python of its own, with that environment and nothing else."""
+    command = [sys.executable, "-I", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=work)
 
 
 def _check_answer(folder: Path, answer: dict[str, Any], needs_code: bool, tokenizer: Any) -> None:

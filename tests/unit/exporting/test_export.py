@@ -15,6 +15,8 @@ from sparsmith.exporting.folder import export
 from tests.kit.checkpoints import crafted, save_base
 from tests.kit.pico import VOCAB, pico_ids
 
+pytestmark = pytest.mark.usefixtures("real_strangers")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
