@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.kit.launch import free_port
+
 PRELOADED = ["tests.kit.preloaded"]
 
 
@@ -78,12 +80,48 @@ def run(arguments: Sequence[str | Path], log: Path, prepare: Callable[..., None]
     return start(arguments, log, prepare, *given).wait()
 
 
-def _main(arguments: list[str], log: str, prepare: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+def ranks(
+    function: Callable[..., None], given: tuple[Any, ...], log: Path, count: int = 2, seconds: float = 600
+) -> None:
+    """`function(rank, *given)` in that many processes at once, with what torchrun tells its own in their environment.
+
+    Raises:
+        RuntimeError: one ended with a fault; the end of what it said.
+    """
+    log.mkdir(parents=True, exist_ok=True)
+    told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    told |= {"MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    children = []
+    for rank in range(count):
+        own = told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        file = log / f"rank{rank}.log"
+        process = _server().Process(target=_as_rank, args=(function, rank, given, own, str(file)))
+        process.start()
+        children.append(Child(process, file))
+    codes = [child.wait(seconds) for child in children]
+    for child, code in zip(children, codes, strict=True):
+        if code:
+            raise RuntimeError(child.text[-3000:])
+
+
+def _as_rank(function: Callable[..., None], rank: int, given: tuple[Any, ...], told: dict[str, str], log: str) -> None:
+    os.environ.update(told)
+    _written_to(log)
+    function(rank, *given)
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _written_to(log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def _main(arguments: list[str], log: str, prepare: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+    _written_to(log)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server's children ignore it
     if prepare is not None:
         prepare(*given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -53,23 +52,6 @@ def launched(
         text=True,
         timeout=seconds,
     )
-
-
-def pico_runs(out: Path, processes: int, **runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """`tests.kit.two_ranks` in that many processes: LABEL={settings of `tune`}. LABEL -> what each rank has left.
-
-    Raises:
-        RuntimeError: the launch ended with a fault; the end of what it said.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = [{"label": label, "settings": {**one, "run": str(one["run"])}} for label, one in runs.items()]
-    done = launched(["tests.kit.two_ranks", str(out), json.dumps(jobs)], processes, seconds=600)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    return {
-        label: [json.loads((out / f"{label}-rank{rank}.json").read_text()) for rank in range(processes)]
-        for label in runs
-    }
 
 
 def gap(first: Any, second: Any) -> float:

@@ -1,15 +1,13 @@
-"""What each rank of a data-parallel run does: 12 steps of a method on a pico model. Run it under torchrun, or alone as one process.
+"""What each rank of a data-parallel run does: 12 steps of a method on a pico model, as one of several processes or alone.
 
-torchrun --nproc-per-node 2 -m tests.kit.two_ranks OUT '[{"label": "ddp", "settings": {"run": FOLDER, "sharded": false}}]'
-
-Each rank leaves its figures in OUT/LABEL-rank<N>.json; `settings` are the arguments of `tune`.
+Each rank leaves its figures in OUT/LABEL-rank<N>.json. The launchers that users start (torchrun, accelerate) are tried on a whole recipe:
+`trials.ranks`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from sparsmith.methods.pesc.config import PescConfig
 from sparsmith.methods.soft.config import SoftConfig
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.ops.shards import part, whole
+from tests.kit import forks
 from tests.kit.cases import base_for
 from tests.kit.rows import RowDataset, pad_rows
 
@@ -130,16 +129,26 @@ def tune(
     }
 
 
-def main(out: Path, jobs: list[dict[str, Any]]) -> None:
-    """Several runs, one after the other, in one start of the processes: starting them costs far more than a pico run."""
+def pico_runs(out: Path, processes: int, **runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """LABEL={settings of `tune`}, one run after the other in so many processes. LABEL -> what each rank has left.
+
+    Raises:
+        RuntimeError: a process ended with a fault; the end of what it said.
+    """
+    jobs = [{"label": label, "settings": {**one, "run": str(one["run"])}} for label, one in runs.items()]
+    forks.ranks(as_rank, (out, jobs), out, processes)
+    return {
+        label: [json.loads((out / f"{label}-rank{rank}.json").read_text()) for rank in range(processes)]
+        for label in runs
+    }
+
+
+def as_rank(rank: int, out: Path, jobs: list[dict[str, Any]]) -> None:
+    """Several runs, one after the other, in one start of the processes: starting them costs more than a pico run."""
     torch.set_num_threads(1)
     ranks.start()
     for job in jobs:
         figures = tune(**job["settings"])
-        (out / f"{job['label']}-rank{ranks.rank()}.json").write_text(json.dumps(figures))
+        (out / f"{job['label']}-rank{rank}.json").write_text(json.dumps(figures))
     ranks.wait()
     ranks.stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

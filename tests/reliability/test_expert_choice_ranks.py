@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.kit.launch import gap, pico_runs
-from tests.kit.two_ranks import STEPS, tune
+from tests.kit.launch import gap
+from tests.kit.two_ranks import STEPS, pico_runs, tune
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
 

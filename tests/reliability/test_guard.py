@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import sparsmith as sm
 from sparsmith.cli import main
 from sparsmith.crafting.apply import trained_roles
 from sparsmith.errors import ProofError
 from sparsmith.training.callbacks.guard import MAX_SKIPPED, Guard
+from tests.kit import forks
 from tests.kit.small_run import make_recipe
 from tests.kit.trials import guard as trials
 
@@ -147,10 +145,8 @@ def test_a_loss_that_overflows_in_float16_stops_at_once():
         _Steps().look(float("inf"), float("inf"))
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     plant = trials.Plant(2, 0)
     tuner = trials.pesc_tuner(Path(folder), [plant], save_strategy="no", ddp_backend="gloo")
     router = tuner.crafted.base.model.layers[1].mlp.pesc.router
@@ -167,10 +163,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_stop_together_with_the_same_words(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    forks.ranks(_rank, (str(tmp_path),), tmp_path)
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     assert first.startswith("step 2: found on rank 1 a loss of nan") and "layers.1.mlp.pesc.router" in first

@@ -1,24 +1,20 @@
 """Two gloo ranks train a PESC model whose ranks use different experts: no unused-parameter error, equal weights (spec test 9)."""
 
-import os
-import socket
-
 import torch
-import torch.multiprocessing as mp
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsmith.methods.base import CraftContext
 from sparsmith.methods.pesc.config import PescConfig
 from sparsmith.methods.pesc.method import PESC
+from tests.kit import forks
 from tests.kit.pico import pico_ids, pico_model
 
 STEPS = 20
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     config = PescConfig(num_experts=16, top_k=1, adapter_dim=8)
     model = PESC.craft(pico_model(), config, CraftContext())
@@ -40,10 +36,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    forks.ranks(_rank, (str(tmp_path),), tmp_path)
     (first, load), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert load == other

@@ -11,8 +11,8 @@ import sparsmith as sm
 from sparsmith.errors import EnvironmentFault
 from sparsmith.training import sharding
 from tests.kit.depths import deep_model
-from tests.kit.launch import gap, pico_runs
-from tests.kit.two_ranks import METHODS, STEPS, tune
+from tests.kit.launch import gap
+from tests.kit.two_ranks import METHODS, STEPS, pico_runs, tune
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
 

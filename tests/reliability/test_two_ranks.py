@@ -9,9 +9,9 @@ import pytest
 import sparsmith as sm
 from sparsmith import anatomy
 from sparsmith.crafting.memory_per_rank import Load, sharded_weights
-from tests.kit.launch import gap, pico_runs
+from tests.kit.launch import gap
 from tests.kit.pico import pico_config
-from tests.kit.two_ranks import CONFIG, STEPS, tune
+from tests.kit.two_ranks import CONFIG, STEPS, pico_runs, tune
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
 

@@ -14,10 +14,10 @@ from typing import Any
 import sparsmith as sm
 from sparsmith.app import tune as tune_recipe
 from sparsmith.runs import RunFolder
-from tests.kit.launch import gap, launched, pico_runs
+from tests.kit.launch import gap, launched
 from tests.kit.small_run import make_recipe
 from tests.kit.tally import Tally
-from tests.kit.two_ranks import STEPS, tune
+from tests.kit.two_ranks import STEPS, pico_runs, tune
 
 NEAR = 1e-5
 # a bfloat16 base rounds to 8 bits: products over other row counts differ in the last one, and a token near the edge changes its expert
