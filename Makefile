@@ -4,7 +4,8 @@ PYTHON  := $(VENV)/bin/python
 # `make test EXTRAS=dev,quant,eval` also runs the tests of lm-evaluation-harness, which is 350 MB more; without it they are skipped.
 EXTRAS  := dev,quant
 STAMP   := $(VENV)/.installed-$(EXTRAS)
-# Two workers of one thread each fill two cores; more threads per worker only get in each other's way.
+# Two workers of one thread each fill two cores; more threads per worker only get in each other's way. A file's trials stay on one worker,
+# so that what they share is made once; in the order of the folders, which has the long ones first.
 TESTENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: help demo test lint types format schema unit bench clean
@@ -31,7 +32,7 @@ types: $(STAMP) ## Type check of src.
 	$(VENV)/bin/mypy
 
 unit: $(STAMP) ## Tests alone.
-	$(TESTENV) $(PYTHON) -m pytest -q -n 2
+	$(TESTENV) $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 format: $(STAMP) ## Format the code and mend what lint can mend.
 	$(VENV)/bin/ruff check --fix .
