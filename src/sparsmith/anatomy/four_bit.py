@@ -1,9 +1,10 @@
-"""Linears that bitsandbytes holds in 4 bits, and how they are kept as they were read."""
+"""Linears that bitsandbytes holds in 4 bits, how they are kept as they were read, and in which numbers a model is held."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from sparsmith.errors import MethodError
@@ -16,6 +17,13 @@ def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, m in model.named_modules()
         if type(m).__name__ == "Linear4bit" and type(m).__module__.startswith("bitsandbytes")
     ]
+
+
+def stored(model: nn.Module) -> tuple[str, bool]:
+    """(number type of its floats: the first one that is not float32, if any; whether linears are packed in 4 bits)."""
+    other = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32)
+    packed = any(type(p).__name__ == "Params4bit" for p in model.parameters())
+    return str(next(other, torch.float32)).removeprefix("torch."), packed
 
 
 def hold_as_read(model: nn.Module) -> None:

@@ -228,10 +228,13 @@ def plan_recipe(recipe: Recipe, base_dir: Path | None = None, *, base: Any = Non
     start = base if base is not None else resolve_base(recipe.model.path, base_dir)
     if recipe.model.task == anatomy.SEQ_CLS:
         _check_length(recipe, anatomy.shape_of(config_of(start, recipe.model.task, recipe.model.num_labels)[1]))
+    dtype = "float32" if recipe.model.dtype == "auto" else recipe.model.dtype  # `auto`: craft looks at what was read
+    for settings in recipe.methods:
+        registry.of(settings).check_stored(settings, dtype, recipe.model.quant == "nf4")  # type: ignore[arg-type]
     return plan(
         start,
         list(recipe.methods),  # type: ignore[arg-type]
-        dtype="float32" if recipe.model.dtype == "auto" else recipe.model.dtype,
+        dtype=dtype,
         quant=recipe.model.quant,
         max_length=recipe.data.max_length,
         micro_batch=recipe.train.micro_batch_size or recipe.train.batch_size,

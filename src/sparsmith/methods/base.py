@@ -181,6 +181,13 @@ class Method:
 
         return self.plan(config, of(base_config), shape_of(base_config))
 
+    def check_stored(self, config: Any, dtype: str, packed: bool) -> None:
+        """Refuse a base whose numbers the method cannot tune as the settings ask; the plan asks before a weight is read.
+
+        Args:
+            dtype: of its floats, the first one that is not float32, if any. packed: linears are held in 4 bits.
+        """
+
     def takes(self, config: Any) -> str:
         """The models that the method can shape: `dense`, `sparse` (mixtures of experts) or `any`."""
         return "dense"

@@ -107,7 +107,7 @@ class Work:
             steps = self._steps(self.recipe.train.steps, name)
             recipe = self._recipe(base, config, f"{name}-seed{seed}-{INSTRUCT}", seed, _once(evals), steps=steps)
             cell = self._cell(recipe, name, 2, "", seed)
-            found.append(replace(cell, suites=self._suites(cell, base)))
+            found.append(self._asked(cell, base))
             if 3 in self.settings.setups:
                 tuned = str(self.settle(recipe, RunFolder(cell.cell.run)))
                 later = tuned_as_it_is(config)
@@ -164,17 +164,18 @@ class Work:
 
         return SetupCell(side, setup, task, read_cell(side, seed, folder), read_json(folder.evaluation)["base"])
 
-    def _suites(self, cell: SetupCell, base: str) -> dict[str, Figures] | None:
-        """Figures of the run's result, and of the model that it started from: one file per run and one per base of a side."""
+    def _asked(self, cell: SetupCell, base: str) -> SetupCell:
+        """The cell with the suites' figures of its result and of the model that it started from: one file per run and per base of a side."""
         suites = self.settings.suites
         if suites is None:
-            return None
+            return cell
         run, folder = cell.cell.run, self.out / "suites"
         given = f"{cell.side}-seed{cell.seed}" if self.settings.sides[cell.side].start else cell.side
-        return {
+        figures = {
             "base": asked_once(folder / f"{given}-base.json", base, suites, self.ask),
             "tuned": asked_once(folder / f"{run.name}.json", str(run), suites, self.ask),
         }
+        return replace(cell, suites=figures)
 
     def _steps(self, steps: int | None, name: str) -> int | None:
         """With `match: flops` the steps whose training FLOPs are those of the dense side of the pair."""

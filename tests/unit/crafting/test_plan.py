@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import yaml
 
 import sparsmith as sm
+from sparsmith.cli import main
 from sparsmith.crafting.apply import check_roles, craft
 from sparsmith.errors import CheckpointError, MethodError
 from sparsmith.methods.base import LoraSettings
 from sparsmith.training import Objective
+from tests.kit.elastic import elastic_recipe
 from tests.kit.pico import FAMILIES, pico_config, pico_ids, pico_model
 
 SMALL = {"num_experts": 4, "top_k": 2, "adapter_dim": 8, "lora": LoraSettings(r=4)}
@@ -104,3 +109,24 @@ def test_faults_are_named():
         sm.plan(pico_config(), [])
     with pytest.raises(MethodError, match="twice"):
         sm.plan(pico_config(), [pesc(), pesc()])
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "match"),
+    [
+        ({"method": "upcycle", "experts": 4}, {"dtype": "bfloat16"}, r"`full` on a base in bfloat16.*Set model\.dtype"),
+        ({"method": "upcycle", "experts": 4}, {"quant": "nf4"}, "an nf4 base, whose weights are packed"),
+        ({"method": "soft", "exits": [2, 4]}, {"dtype": "bfloat16"}, r"`full` on a base in bfloat16.*tune lora"),
+        ({"method": "soft", "exits": [2, 4], "tune": "lora"}, {"quant": "nf4"}, "`lora` on a base in nf4"),
+        ({"method": "soft", "exits": [2, 4], "tune": "qlora"}, {}, "`qlora` on a base that is not quantised"),
+    ],
+)
+def test_numbers_that_cannot_be_tuned_are_told_before_a_weight_is_read(tmp_path, capsys, method, model, match):
+    path = elastic_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe["methods"], recipe["model"] = [method], {**recipe["model"], **model}
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for weights in (tmp_path / "base").glob("*.safetensors"):
+        weights.unlink()
+    assert main(["plan", str(path)]) == 6
+    assert re.search(match, " ".join(capsys.readouterr().err.split()))

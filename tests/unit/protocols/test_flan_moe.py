@@ -141,7 +141,7 @@ def test_continued_pre_training_stands_before_everything(tmp_path, monkeypatch):
         return SimpleNamespace(cell=SimpleNamespace(run=Path(recipe.output)))
 
     monkeypatch.setattr(Work, "_cell", cell)
-    work = Work(loaded, check(loaded, SEEDS), tmp_path, None, lambda recipe, run: run.root / "settled")
+    work = Work(loaded, check(loaded, SEEDS), tmp_path, None, lambda recipe, run: run.root / "settled", None)
     work.run_side("moe", 3)
     start, *others = made
     assert start.data.loss_on == "all" and start.train.steps == 7 and start.methods[0].donor == "dense"
@@ -179,7 +179,7 @@ def test_a_grid_keeps_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypat
         return SetupCell(side, setup, task, run, {})
 
     monkeypatch.setattr(Work, "_cell", cell)
-    work = Work(loaded, check(loaded, SEEDS), tmp_path, None, lambda recipe, run: run.root / "settled")
+    work = Work(loaded, check(loaded, SEEDS), tmp_path, None, lambda recipe, run: run.root / "settled", None)
     found = work.run_side("moe", 3)
     assert [(one.setup, one.kept_rate) for one in found] == [(1, kept), (2, None), (3, kept)]
     assert [Path(one.output).name for one in made if "direct" in one.output] == [
@@ -239,14 +239,14 @@ _ROWS = {
 
 def test_flops_match_by_fewer_steps_of_the_same_stream(tmp_path):
     recipe = load_recipe(moe_recipe(tmp_path, match="flops"))
-    work = Work(recipe, check(recipe, [0]), tmp_path, None, None)
+    work = Work(recipe, check(recipe, [0]), tmp_path, None, None, None)
     share = work.flops("dense") / work.flops("moe")
     assert share < 1 and work._steps(1000, "moe") == round(1000 * share) and work._steps(1000, "dense") == 1000
 
 
 def test_a_side_may_stand_on_the_embedded_base(tmp_path):
     recipe = load_recipe(moe_recipe(tmp_path), ("model.path=embedded",))
-    work = Work(recipe, check(recipe, [0]), tmp_path, None, None)
+    work = Work(recipe, check(recipe, [0]), tmp_path, None, None, None)
     assert 0 < work.flops("dense") < work.flops("moe")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsmith import anatomy
+from sparsmith.anatomy.four_bit import stored
 from sparsmith.errors import CrossLayerStateError, MethodError, ProofError, TiedHeadError
 from sparsmith.methods.base import (
     Batch,
@@ -69,6 +70,24 @@ class SoftMethod(Method):
             notes=_notes(config, shape, exits, heads),
         )
 
+    def check_stored(self, config: SoftConfig, dtype: str, packed: bool) -> None:
+        if config.arm == "ict" or config.trunk == "frozen":
+            return
+        if config.tune == "full" and (packed or dtype != "float32"):
+            raise MethodError(
+                "soft.tune",
+                f"`full` on a base in {'nf4' if packed else dtype}",
+                "a base in float32: small updates round away in fewer bits",
+                "Set model.dtype to float32 (train.precision may still be bfloat16), or take tune lora or qlora.",
+            )
+        if config.tune != "full" and packed != (config.tune == "qlora"):
+            raise MethodError(
+                "soft.tune",
+                f"`{config.tune}` on a base {'in nf4' if packed else 'that is not quantised'}",
+                "`qlora` with model.quant nf4, `lora` without",
+                "Change one of the two.",
+            )
+
     def craft(self, model: nn.Module, config: SoftConfig, context: CraftContext) -> nn.Module:
         row, shape = anatomy.anatomy_of(model), anatomy.shape_of(model.config)
         check_shape(config, shape)
@@ -78,14 +97,12 @@ class SoftMethod(Method):
             anatomy.probe(model)
         exits = config.depths(shape.layers)
         config.check_exits(shape.layers)
+        self.check_stored(config, *stored(model))
         if config.arm == "ict":
             parts.add_heads(model, exits[:-1])
         elif config.trunk == "frozen":
             parts.add_blocks(model, exits[:-1])
-        elif config.tune == "full":
-            _check_masters(model)
-        else:
-            _check_quantised(model, config)
+        elif config.tune != "full":
             if config.head == "train" and shape.tied and not config.untie:
                 raise TiedHeadError(
                     "soft.head",
@@ -334,29 +351,6 @@ def _own(block: nn.Module) -> list[nn.Parameter]:
     left = {id(p) for module in others for p in module.parameters()}
     left |= {id(getattr(m, name)) for m in block.modules() for name in getattr(m, "sparsmith_idle", ())}
     return [p for p in block.parameters() if id(p) not in left]
-
-
-def _check_masters(model: nn.Module) -> None:
-    wrong = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    quantised = any(type(p).__name__ == "Params4bit" for p in model.parameters())
-    if wrong is not None or quantised:
-        raise MethodError(
-            "soft.tune",
-            f"`full` on a base in {'nf4' if quantised else str(wrong).removeprefix('torch.')}",
-            "a base in float32: small updates round away in fewer bits",
-            "Set model.dtype to float32 (train.precision may still be bfloat16), or take tune lora or qlora.",
-        )
-
-
-def _check_quantised(model: nn.Module, config: SoftConfig) -> None:
-    quantised = any(type(p).__name__ == "Params4bit" for p in model.parameters())
-    if quantised != (config.tune == "qlora"):
-        raise MethodError(
-            "soft.tune",
-            f"`{config.tune}` on a base {'in nf4' if quantised else 'that is not quantised'}",
-            "`qlora` with model.quant nf4, `lora` without",
-            "Change one of the two.",
-        )
 
 
 def _active(config: SoftConfig, omega: dict[int, float], layers: int, draw: int, step: int) -> dict[int, float]:

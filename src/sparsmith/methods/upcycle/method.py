@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from sparsmith import anatomy
+from sparsmith.anatomy.four_bit import stored
 from sparsmith.errors import MethodError
 from sparsmith.methods import route_health as health
 from sparsmith.methods.base import Batch, CraftContext, LoraSettings, LossTerm, Method, MethodConfig, MethodPlan
@@ -76,8 +76,28 @@ class UpcycleMethod(Method):
     def plan_for(self, config: UpcycleConfig, base_config: Any) -> MethodPlan:
         return planning.plan(config, base_config, self.crafted_config(config, base_config))
 
+    def check_stored(self, config: UpcycleConfig, dtype: str, packed: bool) -> None:
+        by_lora = config.sparse and config.tune == "lora"
+        if packed and not (by_lora and config.donor == "sparse"):
+            found = "an nf4 base, whose weights are packed"
+            raise MethodError("upcycle", found, "plain weights", "Take quant none.")
+        if packed and not config.allow_16bit_experts:
+            raise MethodError(
+                "upcycle.allow_16bit_experts",
+                "false, for a base in nf4",
+                "true: the experts, most of the model, stay in 16 bits, because no library packs stacked experts",
+                "Set it to true and look at the plan's memory, or take quant none.",
+            )
+        if dtype != "float32" and not by_lora:
+            raise MethodError(
+                "upcycle.tune",
+                f"`full` on a base in {dtype}",
+                "a base in float32: small updates round away in fewer bits",
+                "Set model.dtype to float32; the export can be rounded.",
+            )
+
     def craft(self, model: nn.Module, config: UpcycleConfig, context: CraftContext) -> nn.Module:
-        _check_masters(model, config)
+        self.check_stored(config, *stored(model))
         choosing.refuse_wrapped(model)
         if not config.sparse:
             return model
@@ -369,32 +389,6 @@ def _check_router(model: nn.Module, config: UpcycleConfig) -> None:
             f"`{config.moe.how}` for a model whose config says norm_topk_prob {str(bool(normed)).lower()}",
             "`renorm` or `straight_through`" if normed else "`switch`",
             "Write the combine that the model was made with.",
-        )
-
-
-def _check_masters(model: nn.Module, config: UpcycleConfig) -> None:
-    quantised = any(type(p).__name__ == "Params4bit" for p in model.parameters())
-    if quantised and config.sparse and config.tune == "lora" and config.donor == "sparse":
-        if not config.allow_16bit_experts:
-            raise MethodError(
-                "upcycle.allow_16bit_experts",
-                "false, for a base in nf4",
-                "true: the experts, most of the model, stay in 16 bits, because no library packs stacked experts",
-                "Set it to true and look at the plan's memory, or take quant none.",
-            )
-        return
-    if quantised:
-        found = "an nf4 base, whose weights are packed"
-        raise MethodError("upcycle", found, "plain weights", "Take quant none.")
-    if config.sparse and config.tune == "lora":
-        return
-    wrong = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if wrong is not None:
-        raise MethodError(
-            "upcycle.tune",
-            f"`full` on a base in {str(wrong).removeprefix('torch.')}",
-            "a base in float32: small updates round away in fewer bits",
-            "Set model.dtype to float32; the export can be rounded.",
         )
 
 
