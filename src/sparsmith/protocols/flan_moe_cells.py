@@ -165,7 +165,7 @@ class Work:
         return SetupCell(side, setup, task, read_cell(side, seed, folder), read_json(folder.evaluation)["base"])
 
     def _asked(self, cell: SetupCell, base: str) -> SetupCell:
-        """The cell with the suites' figures of its result and of the model that it started from: one file per run and per base of a side."""
+        """The cell with the suites' figures of its result and of the model that it started from: a file per run and per base of a side."""
         suites = self.settings.suites
         if suites is None:
             return cell
