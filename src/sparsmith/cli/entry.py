@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -73,6 +74,8 @@ def _global(
 def run(argv: list[str] | None = None) -> int:
     """One command line -> exit code. No exception leaves."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    # on CPUs with AVX512-BF16 its import tells of a kernel that is not installed, and that no forward here would use (anatomy.four_bit)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     SCREEN.start(arguments)
     try:
         code = _invoke(arguments)
