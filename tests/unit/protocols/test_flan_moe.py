@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from sparsmith.errors import MethodError, UsageError
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.protocols.flan_moe import FlanMoeComparison, check
 from sparsmith.protocols.flan_moe_cells import SetupCell, Work, tuned_as_it_is
+from tests.kit import forks
 from tests.kit.elastic import elastic_recipe
 from tests.kit.evalsets import char_tokenizer
 
@@ -71,6 +73,25 @@ def test_cells_run_once_and_in_their_order(cut_and_gone_on):
     assert [cell.cell.run.name for cell in result.cells] == cells
     cut = cells.index("moe-seed3-instruct")
     assert trained == [*cells[: cut + 1], *cells[cut:]]
+
+
+@pytest.mark.long
+def test_eighteen_cells_survive_a_kill(tmp_path):
+    """Spec test 17: three setups, two sides, three seeds; what was finished before the kill is not run again."""
+    recipe, run = moe_recipe(tmp_path), tmp_path / "run"
+    words = ["protocol", "flan-moe", recipe, "--seeds", "0,1,2"]
+    child = forks.start(words, tmp_path / "first.log")
+    while len(list(run.glob("*/report.html"))) < 7 and child.process.exitcode is None:
+        time.sleep(0.05)
+    child.kill_after(0)
+    finished = {path.parent.name: path.stat().st_mtime_ns for path in run.glob("*/report.html")}
+    assert 7 <= len(finished) < 18
+    assert forks.run(words, tmp_path / "second.log") == 0, (tmp_path / "second.log").read_text()
+    ended = {path.parent.name: path.stat().st_mtime_ns for path in run.glob("*/report.html")}
+    assert len(ended) == 18 and {name: ended[name] for name in finished} == finished
+    written = json.loads((run / "comparison.json").read_text())
+    assert written["seeds"] == [0, 1, 2] and len(written["runs"]) == 18 and (run / "comparison.svg").is_file()
+    assert all(len(row["figures"]["gain: 3 over 1"]["by_seed"]) == 3 for row in written["gains"])
 
 
 def test_setups_stand_on_each_other(cut_and_gone_on):
