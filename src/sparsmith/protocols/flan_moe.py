@@ -21,7 +21,7 @@ from sparsmith.errors import MethodError, UsageError
 from sparsmith.evaluating import EvalResult
 from sparsmith.methods.upcycle.config import UpcycleConfig
 from sparsmith.protocols import flan_moe_suites as suites
-from sparsmith.protocols.cells import spread
+from sparsmith.protocols.cells import over_seeds, spread
 from sparsmith.protocols.flan_moe_cells import Settle, SetupCell, Tune, Work
 from sparsmith.protocols.flan_moe_suites import Ask
 from sparsmith.recipe.protocol import ProtocolSettings
@@ -94,7 +94,7 @@ class FlanMoeComparison:
         self, parts: Sequence[tuple[int, str, int]], names: Sequence[str], metric: str
     ) -> dict[str, Any] | None:
         """The signed sum over (sign, side, setup), rows paired within each seed; the mean over the sets. `by_seed`: of each seed alone, as
-        the interval is over rows."""
+        the interval is over rows; `over_seeds`: half of an interval over the seeds."""
         return self._contrast([(sign, self.rows(side, setup, names)) for sign, side, setup in parts], metric)
 
     def _contrast(self, scores: Sequence[tuple[int, dict[str, Any]]], metric: str) -> dict[str, Any] | None:
@@ -110,7 +110,7 @@ class FlanMoeComparison:
             return None
         of_seed = {seed: [key for key in shared if key.split(":", 1)[0] == str(seed)] for seed in self.seeds}
         each = {str(seed): one.value for seed, keys in of_seed.items() if keys and (one := figure(keys))}
-        return {**found.as_dict(), "by_seed": each}
+        return {**found.as_dict(), "by_seed": each, "over_seeds": over_seeds(list(each.values()))}
 
     def gains(self) -> list[dict[str, Any]]:
         """Of every pair: sparse minus dense in each setup, and whether instruction tuning brings the sparse side more."""

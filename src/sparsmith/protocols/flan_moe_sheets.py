@@ -75,8 +75,9 @@ def _gains(records: list[dict[str, Any]], of: str = "") -> Sheet:
         of + (words if of else words.capitalize()),
         ("sparse", "dense", "metric", *heads),
         rows,
-        "95 % intervals over rows, paired within each seed; in brackets each seed alone. A loss below 0, or a share above 0, is better for "
-        "the sparse side. `gain` is (sparse after - sparse before) - (dense after - dense before).",
+        "95 % intervals over rows, paired within each seed; in brackets each seed alone; ± half of a 95 % interval over the seeds "
+        "(Student's t), which decides where the seeds disagree. A loss below 0, or a share above 0, is better for the sparse side. "
+        "`gain` is (sparse after - sparse before) - (dense after - dense before).",
         left=3,
     )
 
@@ -105,7 +106,7 @@ def _signed(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "-"
     each = ", ".join(f"{value:+.3f}" for value in figure["by_seed"].values())
-    return f"{signed(figure)} [{each}]" if len(figure["by_seed"]) > 1 else signed(figure)
+    return signed(figure) if len(figure["by_seed"]) < 2 else f"{signed(figure)} [{each}] ±{figure['over_seeds']:.3f}"
 
 
 def _cost(comparison: FlanMoeComparison) -> Sheet:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import sparsmith.reporting
@@ -18,6 +19,7 @@ from sparsmith.cli import main
 from sparsmith.data import load_data
 from sparsmith.errors import MethodError, UsageError
 from sparsmith.methods.upcycle.config import UpcycleConfig
+from sparsmith.protocols.cells import over_seeds
 from sparsmith.protocols.flan_moe import FlanMoeComparison, check
 from sparsmith.protocols.flan_moe_cells import SetupCell, Work, tuned_as_it_is
 from tests.kit import forks
@@ -256,6 +258,25 @@ _ROWS = {
     "b before": (1.5, 0.5, 3.0, 2.0),
     "b after": (0.25, 0.5, 1.0, 5.0),
 }
+
+
+@pytest.mark.parametrize(
+    ("values", "half"),
+    [
+        ((1.0,), None),
+        ((1.0, 3.0), 12.706),
+        ((1.0, 2.0, 3.0), 4.303 / 3**0.5),
+        (tuple(range(40)), 2.0227 * 11.690452 / 40**0.5),
+    ],
+)
+def test_an_interval_over_seeds_is_students(values, half):
+    assert over_seeds(values) == (half if half is None else pytest.approx(half, rel=1e-3))
+
+
+def test_an_interval_over_seeds_covers_the_truth_nineteen_times_of_twenty():
+    draws = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1)).tolist()
+    held = sum(abs(sum(three) / 3) <= over_seeds(three) for three in draws) / len(draws)
+    assert abs(held - 0.95) < 0.01  # three standard errors of a share of 4,000
 
 
 def test_flops_match_by_fewer_steps_of_the_same_stream(tmp_path):
