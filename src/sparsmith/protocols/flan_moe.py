@@ -213,8 +213,9 @@ class FlanMoeComparison:
         }
 
     def _told_suites(self) -> dict[str, Any]:
-        found = {"settings": None if self.settings.suites is None else self.settings.suites.model_dump(mode="json")}
-        return {**found, "table": suites.table(self.asked), "gains": self.suite_gains()}
+        asked = self.settings.suites
+        told = {} if asked is None else asked.model_dump(mode="json", include={"limit", "shots", "scorer"})  # no paths
+        return {"settings": told, "table": suites.table(self.asked), "gains": self.suite_gains()}
 
     def kept_rates(self) -> list[dict[str, Any]]:
         """Of every side, setup and task: the learning rate that the grid kept, by seed."""
