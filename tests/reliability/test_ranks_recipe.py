@@ -13,8 +13,9 @@ from tests.kit.trials.ranks import recipe_trial
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo under a launcher is tried on Linux")
-def test_a_recipe_under_accelerate_launch_sharded(tmp_path):
-    tally = recipe_trial(tmp_path, [("accelerate", "FSDP2")])
+@pytest.mark.parametrize("way", [("accelerate", "FSDP2"), ("torchrun", "DDP")], ids=lambda way: way[0])
+def test_a_recipe_under_a_launcher(tmp_path, way):
+    tally = recipe_trial(tmp_path, [way])
     assert tally.whole and tally.tried == 6, tally.failures
 
 
