@@ -98,7 +98,11 @@ def ranks(
         process = _server().Process(target=_as_rank, args=(function, rank, given, own, str(file)))
         process.start()
         children.append(Child(process, file))
-    codes = [child.wait(seconds) for child in children]
+    try:
+        codes = [child.wait(seconds) for child in children]
+    finally:
+        for child in children:
+            child.kill_after(0)
     for child, code in zip(children, codes, strict=True):
         if code:
             raise RuntimeError(child.text[-3000:])

@@ -9,7 +9,7 @@ import pytest
 from tests.kit.launch import gap
 from tests.kit.two_ranks import STEPS, pico_runs, tune
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo is tried on Linux")
 
 # sums over two halves are rounded differently from one sum; Adam divides by a gradient's size, so where it is near 0 a weight shows it
 NEAR, AFTER_ADAM = 1e-5, 1e-4

@@ -9,7 +9,7 @@ import pytest
 from tests.kit.launch import gap
 from tests.kit.two_ranks import STEPS, pico_runs, tune
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo is tried on Linux")
 
 NEAR, AFTER_ADAM = 1e-5, 1e-3
 """Sums over two halves are rounded otherwise than one sum, and Adam with a rate of 0.6 magnifies what is near 0."""

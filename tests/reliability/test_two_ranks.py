@@ -13,7 +13,7 @@ from tests.kit.launch import gap
 from tests.kit.pico import pico_config
 from tests.kit.two_ranks import CONFIG, STEPS, pico_runs, tune
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo under torchrun is tried on Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo is tried on Linux")
 
 # sums over two halves are rounded differently from one sum; measured: 1e-6
 NEAR = 1e-5

@@ -43,5 +43,7 @@ def hold_as_read(model: nn.Module) -> None:
             mend = "Read the model again and craft it before its first forward."
             raise MethodError(name, found, "weights as they were read", mend)
         linear.support_avx512bf16_for_cpu = False
-        if linear.bias is not None:
+        if (
+            linear.bias is not None and linear.compute_dtype is not None
+        ):  # None: the library takes it from its first input
             linear.bias.data = linear.bias.data.to(linear.compute_dtype)

@@ -95,8 +95,7 @@ def load_base(
         head=head,
         **options,
     )
-    if settings.quant == "nf4":
-        hold_as_read(model)
+    hold_as_read(model)  # also a folder that was stored in 4 bits
     attach_base(
         model,
         BaseRecord(

@@ -171,9 +171,10 @@ class Work:
             return cell
         run, folder = cell.cell.run, self.out / "suites"
         given = f"{cell.side}-seed{cell.seed}" if self.settings.sides[cell.side].start else cell.side
+        tuned = cell.cell.result.to_json()["sets"]
         figures = {
-            "base": asked_once(folder / f"{given}-base.json", base, suites, self.ask),
-            "tuned": asked_once(folder / f"{run.name}.json", str(run), suites, self.ask),
+            "base": asked_once(folder / f"{given}-base.json", base, cell.base["sets"], suites, self.ask),
+            "tuned": asked_once(folder / f"{run.name}.json", str(run), tuned, suites, self.ask),
         }
         return replace(cell, suites=figures)
 

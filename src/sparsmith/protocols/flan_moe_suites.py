@@ -5,7 +5,7 @@ tuning, in the words in which others quote them. Figures beside those of the rec
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,14 @@ Figures = dict[str, Any]
 """A `TaskResult` as JSON."""
 
 
-def asked_once(file: Path, target: str, suites: Suites, ask: Ask) -> Figures:
-    """The figures of `target`, from `file` where the same question was answered before; else measured and written there."""
-    question = {"target": target, "suites": suites.model_dump(mode="json")}
+def asked_once(file: Path, target: str, measured: Mapping[str, Any], suites: Suites, ask: Ask) -> Figures:
+    """The figures of `target`, from `file` where the same question was answered before; else measured and written there.
+
+    Args:
+        measured: what the run itself measured on the model, set -> metrics: one that was made anew under the same name has other losses.
+    """
+    losses = {name: metrics["loss"]["value"] for name, metrics in measured.items()}
+    question = {"target": target, "losses": losses, "suites": suites.model_dump(mode="json")}
     if file.is_file() and (known := read_json(file)).get("question") == question:
         return dict(known["result"])
     result = ask(target, suites).to_json()

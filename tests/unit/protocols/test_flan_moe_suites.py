@@ -77,10 +77,16 @@ def test_figures_are_read_again_for_the_same_question_alone(tmp_path):
 
     settings = load_recipe(asking(tmp_path)).protocol.suites
     file = tmp_path / "suites" / "one.json"
-    assert suites.asked_once(file, "a", settings, ask) == {"n": 1} == suites.asked_once(file, "a", settings, ask)
-    assert suites.asked_once(file, "b", settings, ask) == {"n": 2}
-    assert suites.asked_once(file, "b", settings.model_copy(update={"limit": 5}), ask) == {"n": 3}
-    assert asked == [("a", None), ("b", None), ("b", 5)]
+    own, anew = {"held": {"loss": {"value": 1.25}}}, {"held": {"loss": {"value": 1.5}}}
+    assert (
+        suites.asked_once(file, "a", own, settings, ask) == {"n": 1} == suites.asked_once(file, "a", own, settings, ask)
+    )
+    assert suites.asked_once(file, "b", own, settings, ask) == {"n": 2}
+    assert suites.asked_once(file, "b", own, settings.model_copy(update={"limit": 5}), ask) == {"n": 3}
+    assert suites.asked_once(file, "b", anew, settings, ask) == {"n": 4}, (
+        "a model that was tuned anew in the same folder"
+    )
+    assert asked == [("a", None), ("b", None), ("b", 5), ("b", None)]
 
 
 def test_rows_that_changed_between_two_runs_are_named():
